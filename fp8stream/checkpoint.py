@@ -1,0 +1,298 @@
+"""A checkpoint is its headers: everything about it is known before any data is read.
+
+A directory with an index, shards without one, or a single file; the config and the side files
+beside them. Names that come from an index are hostile until checked. No torch, no tensor data.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fp8stream.errors import CheckpointError
+from fp8stream.header import Shard, TensorSpec, parse_json, read_shard
+
+INDEX_SUFFIX = ".safetensors.index.json"
+DEFAULT_INDEX = "model" + INDEX_SUFFIX
+
+_OTHER_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|tflite|ot|npz|llamafile)$"
+    r"|\.(bin|safetensors)\.index\.json$"
+)
+_SKIPPED_DIRECTORIES = {".git", ".cache", "original"}
+_SHARD_NUMBER = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors$")
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """A file that is copied as bytes; `name` is relative to the checkpoint's directory."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's headers, config and side files. `directory` holds all of them."""
+
+    path: Path
+    directory: Path
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    side_files: tuple[SideFile, ...] = ()
+    warnings: tuple[str, ...] = ()
+    tensors: tuple[TensorSpec, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        every = [tensor for shard in self.shards for tensor in shard.tensors]
+        object.__setattr__(self, "tensors", tuple(every))
+
+    @property
+    def model_type(self) -> str | None:
+        value = self.config.get("model_type")
+        return value if isinstance(value, str) else None
+
+    @property
+    def architecture(self) -> str | None:
+        names = self.config.get("architectures")
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+    @property
+    def quantized_as(self) -> str | None:
+        """What the checkpoint is already quantized as, in words, or None."""
+        return _quantized_as(self.config, self.tensors)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads the headers of the checkpoint at `path`: a directory or one `.safetensors` file.
+
+    Raises CheckpointError for anything that is not a whole checkpoint, naming file and tensor.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise CheckpointError(_absent(str(path)))
+    single = not source.is_dir()
+    directory = source.parent if single else source
+    if single and source.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{source}: neither a checkpoint directory nor a .safetensors file; "
+            "give the directory that holds config.json"
+        )
+    config = _read_config(directory)
+    warnings: list[str] = []
+    if single:
+        names, weight_map = [source.name], None
+    else:
+        names, weight_map = _find_shards(directory, warnings)
+    shards = tuple(read_shard(directory / name) for name in names)
+    _check_unique(shards)
+    if weight_map is not None:
+        _check_weight_map(directory, weight_map, shards, warnings)
+    side_files = _find_side_files(directory, set(names), warnings)
+    return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
+
+
+def _check_unique(shards: Sequence[Shard]) -> None:
+    owner: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in owner:
+                raise CheckpointError(
+                    f"{shard.name}: tensor {tensor.name!r} stands in {owner[tensor.name]} too; "
+                    "remove the file that does not belong to the checkpoint"
+                )
+            owner[tensor.name] = shard.name
+
+
+def _find_shards(
+    directory: Path, warnings: list[str]
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """File names of the checkpoint in `directory`, and the index's weight_map if it has one."""
+    indexes = sorted(p.name for p in directory.iterdir() if p.name.endswith(INDEX_SUFFIX))
+    if DEFAULT_INDEX in indexes:
+        indexes = [DEFAULT_INDEX]
+    if len(indexes) > 1:
+        raise CheckpointError(
+            f"{directory}: expected one index, found {', '.join(indexes)}; give one .safetensors "
+            "file, or remove the index that does not belong"
+        )
+    if indexes:
+        weight_map = _read_weight_map(directory / indexes[0])
+        return sorted(set(weight_map.values())), weight_map
+    return _shards_without_index(directory, warnings), None
+
+
+def _shards_without_index(directory: Path, warnings: list[str]) -> list[str]:
+    found = sorted(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))
+    if not found:
+        others = sorted(p.name for p in directory.iterdir() if _OTHER_WEIGHTS.search(p.name))
+        raise CheckpointError(
+            f"{directory}: no .safetensors file in it"
+            + (f", only {', '.join(others[:3])}; convert it to safetensors first" if others else "")
+        )
+    numbered = [name for name in found if _SHARD_NUMBER.search(name)]
+    numbered = [n for n in numbered if not n.startswith("consolidated")] or numbered
+    if "model.safetensors" in found:
+        names = ["model.safetensors"]
+        if any(name.startswith("model-") for name in numbered):
+            raise CheckpointError(
+                f"{directory}: both model.safetensors and {numbered[0]}, and no index to tell which"
+                " is the model; give one file as SOURCE, or remove the other"
+            )
+    elif numbered:
+        names = numbered
+        _check_numbers(directory, names)
+    else:
+        names = [n for n in found if not n.startswith("consolidated")] or found
+    unread = [name for name in found if name not in names]
+    if unread:
+        warnings.append(f"not part of the checkpoint, not read: {', '.join(unread)}")
+    return names
+
+
+def _check_numbers(directory: Path, names: Sequence[str]) -> None:
+    """Refuses a set of -00001-of-00005 files that lacks one: a download that was cut short."""
+    numbers = [match for name in names if (match := _SHARD_NUMBER.search(name))]
+    totals = {int(match[2]) for match in numbers}
+    missing = sorted(set(range(1, max(totals) + 1)) - {int(match[1]) for match in numbers})
+    if len(totals) > 1 or missing:
+        raise CheckpointError(
+            f"{directory}: expected shards 1 to {max(totals)}, found {len(names)} files"
+            + (f", no number {missing[0]}" if missing else f" of sets of {sorted(totals)}")
+            + "; download the rest"
+        )
+
+
+def _read_weight_map(path: Path) -> Mapping[str, str]:
+    index = parse_json(_read_bytes(path), f"{path}: bad index")
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: bad index: expected a weight_map with tensors in it")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_plain_name(file):
+            raise CheckpointError(
+                f"{path}: tensor {name!r}: expected the name of a .safetensors file in the same "
+                f"directory, found {file!r}"
+            )
+    return weight_map
+
+
+def _is_plain_name(file: str) -> bool:
+    """Whether `file` names something directly in the directory, on any system's reading of it."""
+    return file.endswith(".safetensors") and not re.search(r"[/\\:\x00-\x1f]", file)
+
+
+def _check_weight_map(
+    directory: Path, weight_map: Mapping[str, str], shards: Sequence[Shard], warnings: list[str]
+) -> None:
+    owner = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    for name, file in weight_map.items():
+        if owner.get(name) != file:
+            found = f"it in {owner[name]}" if name in owner else "no such tensor"
+            raise CheckpointError(
+                f"{directory / file}: tensor {name!r}: expected in this file by the index, "
+                f"found {found}; the index and the files are not of one checkpoint"
+            )
+    unlisted = [name for name in owner if name not in weight_map]
+    if unlisted:
+        warnings.append(
+            f"{len(unlisted)} tensors are in the files but not in the index, such as {unlisted[0]}"
+        )
+
+
+def _read_config(directory: Path) -> Mapping[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: missing; a checkpoint needs the config.json that it was published with"
+        )
+    config = parse_json(_read_bytes(path), f"{path}: broken")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: broken: expected a JSON object")
+    return config
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: expected a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _find_side_files(
+    directory: Path, shards: set[str], warnings: list[str]
+) -> tuple[SideFile, ...]:
+    """Everything beside the weights that goes along as it is."""
+    copied: list[SideFile] = []
+    left: list[str] = []
+    for path in _walk(directory, left):
+        name = str(path.relative_to(directory))
+        if name in shards or name == "config.json" or name.endswith(INDEX_SUFFIX):
+            continue
+        if _OTHER_WEIGHTS.search(name) or not path.is_file():
+            left.append(name)
+        else:
+            copied.append(SideFile(name, path.stat().st_size))
+    if left:
+        shown = ", ".join(sorted(left)[:5]) + (", ..." if len(left) > 5 else "")
+        warnings.append(f"not copied to the output: {shown}")
+    return tuple(sorted(copied, key=lambda file: file.name))
+
+
+def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
+    """Files below `directory`; a link to a directory is not followed, so that no loop can form."""
+    for root, folders, files in os.walk(directory):
+        for folder in list(folders):
+            path = Path(root) / folder
+            if folder in _SKIPPED_DIRECTORIES or path.is_symlink():
+                folders.remove(folder)
+                if folder not in {".git", ".cache"}:
+                    left.append(f"{path.relative_to(directory)}/")
+        yield from (Path(root) / name for name in files)
+
+
+def _quantized_as(config: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> str | None:
+    declared = config.get("quantization_config") or config.get("compression_config")
+    if isinstance(declared, dict) and declared:
+        return _describe_quantization(declared)
+    for tensor in tensors:
+        if tensor.dtype.startswith(("F8_", "F4", "F6_")):
+            return f"{tensor.dtype} weights such as {tensor.name}, not declared in config.json"
+        if tensor.name.endswith((".qweight", ".weight_packed", ".weight_scale_inv")):
+            return f"packed weights such as {tensor.name}, not declared in config.json"
+    return None
+
+
+def _describe_quantization(declared: Mapping[str, Any]) -> str:
+    words = [str(declared.get("quant_method", "an unnamed method"))]
+    if declared.get("format"):
+        words.append(str(declared["format"]))
+    if declared.get("quant_algo"):
+        words.append(str(declared["quant_algo"]))
+    if isinstance(declared.get("weight_block_size"), list):
+        words.append("blocks of " + "x".join(map(str, declared["weight_block_size"])))
+    elif declared.get("bits"):
+        words.append(f"{declared['bits']} bits")
+    groups = declared.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            kind = f"{weights.get('type')}{weights.get('num_bits')}"
+            words.append(f"{kind} {weights.get('strategy')}")
+    return ", ".join(words)
+
+
+def _absent(path: str) -> str:
+    """What to say of a SOURCE that is not there: perhaps it is the name of a model on the hub."""
+    hub = re.fullmatch(r"(?:https?://[^/]+/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/[^/]+)?/?", path)
+    if hub and not path.startswith((".", "/")):
+        name = hub[1].rpartition("/")[2]
+        return (
+            f"{path}: no such file or directory; fp8stream reads local checkpoints: if this is a "
+            f"model on the hub, run 'hf download {hub[1]} --local-dir {name}' and give {name}"
+        )
+    return f"{path}: no such file or directory"

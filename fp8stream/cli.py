@@ -1,0 +1,429 @@
+"""The command line: parse, call, render.
+
+stdout carries data, stderr everything for the eye. This is the only module with progress bars, and
+`main` the only place that turns an error into an exit code: 0 done, 1 failed, 2 wrong usage, 130
+and 143 interrupted.
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+
+import click
+
+from fp8stream import __version__
+from fp8stream.checkpoint import Checkpoint, open_checkpoint
+from fp8stream.errors import CheckpointError, DeviceError, Fp8StreamError, SchemeError
+from fp8stream.memory import PeakMeter, format_size, parse_size
+from fp8stream.plan import Plan, Resources, plan_quantization
+from fp8stream.policy import Patterns
+from fp8stream.report import (
+    Result,
+    dump,
+    plan_json,
+    print_plan,
+    print_result,
+    result_json,
+    tensor_lines,
+)
+from fp8stream.scheme import Granularity, OutputFormat, Scheme
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8stream.stream import LayerDone
+
+F = TypeVar("F", bound=Callable[..., object])
+
+DEFAULT_BUDGET = "1GiB"
+DEFAULT_SHARD_SIZE = "5GB"
+SECONDS_BETWEEN_LINES = 30
+
+
+class Size(click.ParamType[int]):
+    """A size in bytes, such as 256MiB or 5GB."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Device(click.ParamType[str]):
+    """auto, cpu, cuda or cuda:N."""
+
+    name = "device"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        text = str(value)
+        kind, _, number = text.partition(":")
+        if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
+            self.fail(f"{text!r} is not auto, cpu, cuda or cuda:N", param, ctx)
+        return text
+
+
+def _scheme_options(command: F) -> F:
+    """The options that say what would be done: the same for `quantize` and `inspect`."""
+    for option in reversed(
+        [
+            click.option(
+                "--scheme",
+                type=click.Choice([g.value for g in Granularity]),
+                default=Granularity.CHANNEL.value,
+                show_default=True,
+                help="What shares one scale.",
+            ),
+            click.option(
+                "--format",
+                "output_format",
+                type=click.Choice([f.value for f in OutputFormat]),
+                default=OutputFormat.COMPRESSED_TENSORS.value,
+                show_default=True,
+                help="The output's dialect; fp8 has block and tensor scales.",
+            ),
+            click.option(
+                "--ignore",
+                multiple=True,
+                metavar="PATTERN",
+                help="Keep what matches: the exact name of a module or tensor, or re:REGEX. "
+                "Repeatable; wins over --include.",
+            ),
+            click.option(
+                "--include",
+                multiple=True,
+                metavar="PATTERN",
+                help="Quantize what matches although the defaults keep it. Repeatable.",
+            ),
+            click.option(
+                "--ignore-from",
+                type=click.File("r", encoding="utf-8"),
+                metavar="FILE",
+                help="Patterns to ignore, one a line; - reads standard input.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fp8stream")
+def cli() -> None:
+    """Turn a bf16 checkpoint into an FP8 one, inside a memory budget.
+
+    \b
+    Example:
+      fp8stream inspect Llama-3.1-8B
+      fp8stream quantize Llama-3.1-8B Llama-3.1-8B-FP8
+    """
+
+
+@cli.command()
+@click.argument("source")
+@_scheme_options
+@click.option("--tensors", is_flag=True, help="One tab-separated line a tensor, for grep and awk.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
+    """Tell what SOURCE holds, what quantize would do to it, and why.
+
+    SOURCE is a checkpoint directory or one .safetensors file; only headers are read.
+
+    \b
+    Example:
+      fp8stream inspect Llama-3.1-8B
+      fp8stream inspect Llama-3.1-8B --tensors | grep keep
+      fp8stream inspect Llama-3.1-8B --json | jq .plan
+    """
+    if tensors and as_json:
+        raise click.UsageError("--tensors and --json exclude each other")
+    checkpoint = open_checkpoint(source)
+    resources = Resources(parse_size(DEFAULT_BUDGET), _cores(), parse_size(DEFAULT_SHARD_SIZE))
+    plan = _plan(checkpoint, resources, **options)
+    _show_plan(checkpoint, plan, as_json, tensors)
+    if not as_json:
+        _warn(plan.warnings)
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("output", type=click.Path(path_type=Path))
+@_scheme_options
+@click.option(
+    "--device",
+    type=Device(),
+    default="auto",
+    show_default=True,
+    help="Where to compute: auto, cpu, cuda or cuda:N.",
+)
+@click.option(
+    "--memory-budget",
+    type=Size(),
+    metavar="SIZE",
+    default=DEFAULT_BUDGET,
+    show_default=True,
+    help="Host staging and device buffers together.",
+)
+@click.option(
+    "--max-shard-size",
+    type=Size(),
+    metavar="SIZE",
+    default=DEFAULT_SHARD_SIZE,
+    show_default=True,
+    help="The largest file to write.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Workers that read, quantize and write.  [default: all cores]",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and the reasons; write nothing.")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace an existing OUTPUT once the new one is whole."
+)
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
+@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+def quantize(
+    source: str,
+    output: Path,
+    device: str,
+    memory_budget: int,
+    max_shard_size: int,
+    threads: int | None,
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+    no_progress: bool,
+    **options: Any,
+) -> None:
+    """Write SOURCE, quantized to FP8, as the new directory OUTPUT, and print its path.
+
+    SOURCE is a checkpoint directory or one .safetensors file with its config.json beside it.
+    OUTPUT appears in one step when it is whole; SOURCE is never touched.
+
+    \b
+    Example:
+      fp8stream quantize Llama-3.1-8B Llama-3.1-8B-FP8
+      fp8stream quantize Llama-3.1-8B out --scheme block --format fp8
+      vllm serve "$(fp8stream quantize Llama-3.1-8B Llama-3.1-8B-FP8)"
+    """
+    checkpoint = open_checkpoint(source)
+    if checkpoint.quantized_as and not dry_run:
+        raise CheckpointError(
+            f"{source}: already quantized ({checkpoint.quantized_as}); expected a checkpoint in "
+            "BF16, F16 or F32: give the model that it was made from"
+        )
+    resources = Resources(memory_budget, threads or _cores(), max_shard_size)
+    plan = _plan(checkpoint, resources, **options)
+    target = None if dry_run else _check_target(output, checkpoint, plan, overwrite)
+
+    # From here on torch is needed, which takes longer to load than everything before.
+    from fp8stream.stream import find_device
+
+    found = find_device(device)
+    if found.type == "cuda":
+        resources = Resources(memory_budget, threads or _cores(), max_shard_size, on_gpu=True)
+        plan = _plan(checkpoint, resources, **options)
+    if not (dry_run and as_json):
+        _warn(plan.warnings)
+    if target is None:
+        _show_plan(checkpoint, plan, as_json, tensors=False)
+        return
+    job = _Job(checkpoint, plan, found, target, overwrite)
+    result = job.run(str(output), _progress(plan.bytes_read, no_progress))
+    with suppress(OSError):
+        print_result(plan, result, sys.stderr)
+    click.echo(dump(result_json(plan, result), sys.stdout.isatty()) if as_json else output)
+
+
+def _check_target(output: Path, checkpoint: Checkpoint, plan: Plan, overwrite: bool) -> Path:
+    from fp8stream.writer import check_output
+
+    if not plan.layers_quantized:
+        raise SchemeError(
+            f"{checkpoint.path}: nothing to quantize: no layer was recognised; "
+            "'fp8stream inspect' tells why, --include asks for layers by name"
+        )
+    return check_output(output, checkpoint, plan.disk_bytes, overwrite)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One conversion, measured."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    device: "torch.device"
+    target: Path
+    overwrite: bool
+
+    def run(self, output: str, progress: "Callable[[LayerDone], None]") -> Result:
+        import torch
+
+        from fp8stream.stream import device_peak, stream_layers, warm_up
+        from fp8stream.writer import CheckpointWriter
+
+        # Workers are the parallelism: threads inside torch would only get in their way.
+        torch.set_num_threads(1)
+        warm_up(self.device)
+        read = 0
+        start = time.perf_counter()
+        with (
+            PeakMeter() as meter,
+            CheckpointWriter(self.target, self.plan.files, self.overwrite) as writer,
+        ):
+            try:
+                for done in stream_layers(self.checkpoint, self.plan, writer, self.device):
+                    read += done.bytes_read
+                    progress(done)
+            except torch.cuda.OutOfMemoryError as error:
+                raise DeviceError(
+                    f"--device {self.device}: out of memory; give a smaller --memory-budget, or "
+                    "free the device"
+                ) from error
+            meter.sample()
+            writer.commit(self.checkpoint, self.plan.config)
+        return Result(
+            output,
+            time.perf_counter() - start,
+            read,
+            self.plan.bytes_written,
+            meter.peak,
+            meter.baseline,
+            device_peak(self.device),
+        )
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    resources: Resources,
+    scheme: str,
+    output_format: str,
+    ignore: Sequence[str],
+    include: Sequence[str],
+    ignore_from: TextIO | None,
+) -> Plan:
+    chosen = Scheme(Granularity(scheme), OutputFormat(output_format))
+    lines = tuple(line.rstrip("\r\n") for line in ignore_from) if ignore_from else ()
+    patterns = Patterns((*ignore, *(line for line in lines if line)), tuple(include))
+    return plan_quantization(checkpoint, chosen, patterns, resources)
+
+
+def _show_plan(checkpoint: Checkpoint, plan: Plan, as_json: bool, tensors: bool) -> None:
+    if as_json:
+        click.echo(dump(plan_json(checkpoint, plan), sys.stdout.isatty()))
+    elif tensors:
+        for line in tensor_lines(plan):
+            click.echo(line)
+    else:
+        print_plan(checkpoint, plan, sys.stdout)
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _progress(total: int, hidden: bool) -> "Callable[[LayerDone], None]":
+    """What to call for every layer: a bar on a terminal, elsewhere a line now and then."""
+    if hidden:
+        return lambda done: None
+    return _Bar(total) if sys.stderr.isatty() else _Lines(total)
+
+
+class _Bar:
+    def __init__(self, total: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr
+        )
+
+    def __call__(self, done: "LayerDone") -> None:
+        with suppress(OSError):
+            self._bar.set_description(done.name, refresh=False)
+            self._bar.update(done.bytes_read)
+            if self._bar.n >= (self._bar.total or 0):
+                self._bar.close()
+
+
+class _Lines:
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: "LayerDone") -> None:
+        self._done += done.bytes_read
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        rate = self._done / (now - self._start)
+        left = (self._total - self._done) / rate
+        with suppress(OSError):
+            click.echo(
+                f"{100 * self._done / self._total:.0f} %: {format_size(self._done)} of "
+                f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left, "
+                f"{done.name}",
+                err=True,
+            )
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
+    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        cli.main(arguments, prog_name="fp8stream", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our data had enough of it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except click.exceptions.Abort:
+        return _failed("interrupted", 130)
+    except _Terminated:
+        return _failed("terminated", 143)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except Fp8StreamError as error:
+        return _failed(str(error), 1)
+    except Exception as error:
+        return _failed(f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where", 1)
+    return 0
+
+
+def _failed(message: str, code: int) -> int:
+    if os.environ.get("FP8STREAM_DEBUG") == "1":
+        traceback.print_exc()
+    with suppress(OSError):
+        click.echo(f"fp8stream: {' '.join(message.splitlines())}", err=True)
+    return code

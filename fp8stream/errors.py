@@ -1,0 +1,41 @@
+"""Everything that can go wrong on purpose, as one hierarchy.
+
+    Fp8StreamError
+    ├── CheckpointError   the source is damaged, incomplete, or no checkpoint
+    ├── SchemeError       a scheme, format or pattern that cannot be honoured
+    ├── WeightError       values that have no FP8 form: NaN or infinity
+    ├── BudgetError       less memory than the least that can work
+    ├── DeviceError       the device that was asked for is not there, or ran out of memory
+    └── OutputError       the output cannot be written where it was asked for
+
+A message is one line: what is wrong, where (file, tensor), what was expected and found, and what to
+do next. `cli.main` is the one place that turns these into an exit code.
+"""
+
+
+class Fp8StreamError(Exception):
+    """Base of every error that fp8stream raises on purpose."""
+
+
+class CheckpointError(Fp8StreamError):
+    """The source is damaged, incomplete, or not a checkpoint."""
+
+
+class SchemeError(Fp8StreamError):
+    """A scheme, output format or pattern that cannot be honoured."""
+
+
+class WeightError(Fp8StreamError):
+    """A weight holds values that have no FP8 form."""
+
+
+class BudgetError(Fp8StreamError):
+    """The memory budget is below the least that can work."""
+
+
+class DeviceError(Fp8StreamError):
+    """The device that was asked for is not there, or ran out of memory."""
+
+
+class OutputError(Fp8StreamError):
+    """The output cannot be written where it was asked for."""

@@ -1,0 +1,236 @@
+"""One safetensors file is its header: names, dtypes, shapes and places, known before any data.
+
+Everything in a file is taken as hostile until checked. What is accepted is what the reference
+parser accepts (https://github.com/huggingface/safetensors#format): tensors that tile the data
+exactly, no holes, no overlaps, no duplicates. No torch, and no tensor data is touched.
+"""
+
+import json
+import math
+import re
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fp8stream.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+
+# Bits an element; the names are the format's own.
+DTYPE_BITS: Mapping[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor as its file's header declares it; `offset` counts from the file's first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element (the sub-byte dtypes round up)."""
+        return -(-DTYPE_BITS[self.dtype] // 8)
+
+    @property
+    def module(self) -> str:
+        """The fqn of the module that owns this tensor."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name, its size and time when the header was read, its tensors."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    tensors: tuple[TensorSpec, ...]
+
+
+def read_shard(path: Path) -> Shard:
+    """Reads and checks the header of one safetensors file. Raises CheckpointError."""
+    try:
+        # A link is followed (the hub cache lays snapshots out as links); a FIFO is never opened.
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: expected a regular file, found {_kind(status.st_mode)}")
+        with path.open("rb") as stream:
+            first = stream.read(8)
+            length = _header_length(path, first, status.st_size)
+            header = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(header) != length:
+        raise CheckpointError(f"{path}: shrank while its header was read; is it still downloading?")
+    tensors = parse_header(header, path, status.st_size - 8 - length, data_begin=8 + length)
+    return Shard(path.name, status.st_size, status.st_mtime_ns, tensors)
+
+
+def _header_length(path: Path, first: bytes, size: int) -> int:
+    if first == b"version " and size < 1024:
+        raise CheckpointError(
+            f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
+        )
+    if len(first) < 8:
+        raise CheckpointError(
+            f"{path}: truncated: expected at least 8 bytes, found {size}; download it again"
+        )
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: not a safetensors file: expected a header of at most {MAX_HEADER_BYTES} "
+            f"bytes, found {length}"
+        )
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: truncated: expected a header of {length} bytes, found a file of {size}; "
+            "download it again"
+        )
+    return length
+
+
+def parse_header(
+    header: bytes, path: Path, data_bytes: int, data_begin: int
+) -> tuple[TensorSpec, ...]:
+    """The tensors that `header` declares, in the order of their data.
+
+    `data_bytes` is what follows the header in the file, `data_begin` the file offset where that
+    starts. Raises CheckpointError unless the tensors tile those bytes exactly.
+    """
+    if not header.startswith(b"{"):
+        raise CheckpointError(f"{path}: bad header: expected JSON that starts with '{{'")
+    entries = parse_json(header, f"{path}: bad header")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: bad header: expected a JSON object")
+    _check_metadata(entries.pop("__metadata__", {}), path)
+    tensors = [
+        _parse_tensor(name, entry, path, data_bytes, data_begin) for name, entry in entries.items()
+    ]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_tiling(tensors, path, data_begin, data_begin + data_bytes)
+    return tuple(tensors)
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises CheckpointError that starts `where`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the key {twice!r} stands twice")
+        return result
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: nested too deep") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _parse_tensor(
+    name: str, entry: Any, path: Path, data_bytes: int, data_begin: int
+) -> TensorSpec:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r}")
+    if re.search("[\ud800-\udfff]", name):
+        raise CheckpointError(f"{where}: the name is not valid Unicode")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype!r}; expected one of {', '.join(DTYPE_BITS)}"
+        )
+    if not isinstance(shape, list) or not all(_is_size(side) for side in shape):
+        raise CheckpointError(f"{where}: expected a shape of sizes from 0 to 2^63, found {shape!r}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise CheckpointError(f"{where}: expected two data_offsets, found {offsets!r}")
+    begin, end = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8 or bits >= 1 << 66:
+        raise CheckpointError(f"{where}: {dtype} of shape {shape} has no size in whole bytes")
+    if end - begin != bits // 8:
+        raise CheckpointError(
+            f"{where}: {dtype} of shape {shape} takes {bits // 8} bytes, "
+            f"found data_offsets {offsets} ({end - begin} bytes)"
+        )
+    if end > data_bytes:
+        raise CheckpointError(
+            f"{where}: truncated: expected data up to byte {end}, found {data_bytes} bytes; "
+            "is it still downloading? Download it again"
+        )
+    return TensorSpec(name, dtype, tuple(shape), path.name, data_begin + begin, bits // 8)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_metadata(metadata: object, path: Path) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: bad header: expected __metadata__ of strings")
+
+
+def _check_tiling(tensors: Sequence[TensorSpec], path: Path, begin: int, end: int) -> None:
+    for tensor in tensors:
+        if tensor.offset != begin:
+            kind = "a hole before" if tensor.offset > begin else "an overlap at"
+            raise CheckpointError(
+                f"{path}: {kind} tensor {tensor.name!r}: expected its data at byte {begin} of the "
+                f"file, found {tensor.offset}"
+            )
+        begin += tensor.nbytes
+    if begin != end:
+        raise CheckpointError(
+            f"{path}: a hole after the last tensor: expected a file of {begin} bytes, found {end}"
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFBLK: "a block device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")

@@ -1,0 +1,269 @@
+"""The plan and the result, for the eye as rich tables, for programs as JSON or tab-separated lines.
+
+The JSON keys are a promise: measurements read them. Nothing here decides anything.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TextIO
+
+from fp8stream.checkpoint import Checkpoint
+from fp8stream.memory import MemoryUsage, format_size
+from fp8stream.plan import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+# Wide enough that nothing a person greps for is cut where there is no terminal to ask.
+PIPED_WIDTH = 240
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did. Sizes in bytes; `device_peak` is allocated and reserved."""
+
+    output: str
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    peak: MemoryUsage
+    baseline: MemoryUsage
+    device_peak: tuple[int, int]
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak anonymous host memory over the baseline."""
+        return self.peak.anonymous - self.baseline.anonymous
+
+
+def plan_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The document of `inspect --json` and `quantize --dry-run --json`."""
+    dtypes: dict[str, int] = defaultdict(int)
+    for tensor in checkpoint.tensors:
+        dtypes[tensor.dtype] += tensor.nbytes
+    return {
+        "schema": SCHEMA,
+        "source": {
+            "path": str(checkpoint.path),
+            "architecture": checkpoint.architecture,
+            "model_type": checkpoint.model_type,
+            "files": len(checkpoint.shards),
+            "tensors": len(checkpoint.tensors),
+            "parameters": sum(tensor.numel for tensor in checkpoint.tensors),
+            "bytes": sum(dtypes.values()),
+            "dtypes": dict(dtypes),
+            "quantized_as": checkpoint.quantized_as,
+        },
+        "plan": {
+            "scheme": plan.scheme.granularity.value,
+            "format": plan.scheme.format.value,
+            "layers_quantized": plan.layers_quantized,
+            "layers_kept": plan.layers_kept,
+            "bytes_read": plan.bytes_read,
+            "bytes_written": plan.bytes_written,
+            "output_files": len(plan.files),
+            "peak_memory_bytes": plan.workspace.total_bytes,
+        },
+        "tensors": [_tensor_json(tensor) for tensor in plan.tensors],
+        "warnings": list(plan.warnings),
+    }
+
+
+def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
+    return {
+        "name": tensor.spec.name,
+        "dtype": tensor.spec.dtype,
+        "shape": list(tensor.spec.shape),
+        "file": tensor.spec.file,
+        "role": tensor.role.value,
+        "action": tensor.action,
+        "scheme": tensor.granularity.value if tensor.granularity else None,
+        "reason": tensor.reason,
+        "fused_with": list(tensor.fused_with),
+        "outputs": [output.name for output in tensor.outputs],
+    }
+
+
+def result_json(plan: Plan, result: Result) -> dict[str, Any]:
+    """The document of `quantize --json`."""
+    return {
+        "schema": SCHEMA,
+        "output": result.output,
+        "seconds": round(result.seconds, 3),
+        "bytes_read": result.bytes_read,
+        "bytes_written": result.bytes_written,
+        "layers_quantized": plan.layers_quantized,
+        "layers_kept": plan.layers_kept,
+        "peak_memory": {
+            "host_anonymous_bytes": result.peak.anonymous,
+            "host_resident_bytes": result.peak.resident,
+            "baseline_anonymous_bytes": result.baseline.anonymous,
+            "device_allocated_bytes": result.device_peak[0],
+            "device_reserved_bytes": result.device_peak[1],
+        },
+    }
+
+
+def tensor_lines(plan: Plan) -> Iterator[str]:
+    """The lines of `inspect --tensors`, a tab between fields."""
+    for tensor in plan.tensors:
+        fields = (
+            tensor.spec.name,
+            tensor.action,
+            tensor.granularity.value if tensor.granularity else "-",
+            tensor.spec.dtype,
+            "x".join(map(str, tensor.spec.shape)) or "scalar",
+            str(tensor.spec.nbytes),
+            tensor.spec.file,
+            tensor.reason,
+        )
+        yield "\t".join(map(_escape, fields))
+
+
+def _escape(text: str) -> str:
+    """Control characters as JSON writes them, so that a name is never more than one field."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def print_plan(checkpoint: Checkpoint, plan: Plan, stream: TextIO) -> None:
+    """What the checkpoint holds, what would happen to it and why, and the forecast."""
+    console = _console(stream)
+    _print_source(console, checkpoint)
+    _print_patterns(console, plan)
+    _print_forecast(console, plan)
+
+
+def _print_source(console: "Console", checkpoint: Checkpoint) -> None:
+    sizes: dict[str, int] = defaultdict(int)
+    for tensor in checkpoint.tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    parameters = sum(tensor.numel for tensor in checkpoint.tensors)
+    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes.items())
+    files = len(checkpoint.shards)
+    rows = [
+        ("checkpoint", str(checkpoint.path)),
+        ("architecture", checkpoint.architecture or checkpoint.model_type or "not named"),
+        ("parameters", f"{parameters:,} in {len(checkpoint.tensors):,} tensors"),
+        ("bytes", f"{dtypes}; {files} file{'s' if files > 1 else ''}"),
+        ("quantized as", checkpoint.quantized_as or "not quantized"),
+    ]
+    _print_rows(console, rows)
+
+
+def _print_patterns(console: "Console", plan: Plan) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for header, justify in (
+        *(("tensors", "left"), ("count", "right"), ("shape", "left"), ("dtype", "left")),
+        *(("action", "left"), ("bytes", "right"), ("reason", "left")),
+    ):
+        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for pattern, tensors in collapse(plan.tensors):
+        first = tensors[0]
+        action = f"FP8 {first.granularity.value}" if first.granularity else "keep"
+        size = format_size(sum(tensor.spec.nbytes for tensor in tensors))
+        shape = str(list(first.spec.shape))
+        cells = (pattern, f"x{len(tensors)}", shape, first.spec.dtype, action, size)
+        reason = _numberless(first.reason)
+        table.add_row(*(Text(_escape(cell)) for cell in (*cells, reason)))
+    console.print()
+    console.print(table)
+
+
+def collapse(tensors: Sequence[TensorPlan]) -> list[tuple[str, list[TensorPlan]]]:
+    """Tensors that differ in layer and expert numbers alone, as `layers.[0-60].mlp...` patterns."""
+    groups: dict[tuple[object, ...], list[TensorPlan]] = defaultdict(list)
+    for tensor in tensors:
+        name, reason = _numberless(tensor.spec.name), _numberless(tensor.reason)
+        key = (name, tensor.spec.shape, tensor.spec.dtype, tensor.granularity, reason)
+        groups[key].append(tensor)
+    return [(_pattern([t.spec.name for t in group]), group) for group in groups.values()]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+
+
+def _pattern(names: Sequence[str]) -> str:
+    columns = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(_span(parts) for parts in columns)
+
+
+def _span(parts: Sequence[str]) -> str:
+    """`7` for one number, `[0-3,5]` for several, and any other part as it is."""
+    if len(set(parts)) == 1:
+        return parts[0]
+    numbers = sorted({int(part) for part in parts})
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    return "[" + ",".join("-".join(map(str, span)) for span in spans) + "]"
+
+
+def _print_forecast(console: "Console", plan: Plan) -> None:
+    files = len(plan.files)
+    scheme = f"{plan.scheme.granularity.value} as {plan.scheme.format.value}"
+    rows = [
+        ("scheme", scheme),
+        ("layers", f"{plan.layers_quantized:,} quantized, {plan.layers_kept:,} kept"),
+        ("reads", format_size(plan.bytes_read)),
+        ("writes", f"{format_size(plan.bytes_written)} in {files} file{'s' if files > 1 else ''}"),
+        ("bits per weight", f"{plan.bits_per_weight:.2f}"),
+        ("disk needed", format_size(plan.disk_bytes)),
+        ("peak memory", f"{format_size(plan.workspace.total_bytes)} over the baseline"),
+    ]
+    console.print()
+    _print_rows(console, rows)
+
+
+def print_result(plan: Plan, result: Result, stream: TextIO) -> None:
+    """The closing table of `quantize`: what was done, and peak memory beside the prediction."""
+    rate = result.bytes_read / max(result.seconds, 1e-9)
+    planned = format_size(plan.workspace.host_bytes)
+    rows = [
+        ("layers", f"{plan.layers_quantized:,} quantized, {plan.layers_kept:,} kept"),
+        ("read", format_size(result.bytes_read)),
+        (
+            "written",
+            f"{format_size(result.bytes_written)}, {plan.bits_per_weight:.2f} bits a weight",
+        ),
+        ("time", f"{result.seconds:.1f} s, {format_size(rate)}/s"),
+        ("peak memory", f"{format_size(result.host_bytes)} over the baseline, planned {planned}"),
+        ("  baseline", f"{format_size(result.baseline.anonymous)} after start-up"),
+        ("  resident", f"{format_size(result.peak.resident)} with mapped files"),
+    ]
+    if plan.workspace.on_gpu:
+        allocated, reserved = map(format_size, result.device_peak)
+        planned = format_size(plan.workspace.device_bytes)
+        rows.append(("  device", f"{allocated} allocated, {reserved} reserved, planned {planned}"))
+    _print_rows(_console(stream), rows)
+
+
+def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in rows:
+        table.add_row(Text(label, style="bold"), Text(_escape(value)))
+    console.print(table)
+
+
+def _console(stream: TextIO) -> "Console":
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH)
+
+
+def dump(document: dict[str, Any], pretty: bool) -> str:
+    """`document` as JSON text: indented for a person, on one line for a pipe."""
+    return json.dumps(document, indent=2 if pretty else None)

@@ -1,0 +1,157 @@
+"""Which numbers share a scale, and how an engine is told about it.
+
+`weight_scale` is always the number that codes are multiplied by to dequantize; the DeepSeek
+spelling of the `fp8` format calls that same number `weight_scale_inv`. Shapes, names and the JSON
+keys are those of compressed-tensors' `QuantizationConfig` and of transformers' and vLLM's `fp8`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from fp8stream.errors import SchemeError
+
+BLOCK = 128
+CODE_DTYPE = "F8_E4M3"
+SCALE_DTYPE = "F32"
+
+
+class Granularity(str, Enum):
+    """What shares one scale: an output row, a 128x128 block, or the tensor and its fused set."""
+
+    CHANNEL = "channel"
+    BLOCK = "block"
+    TENSOR = "tensor"
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the float32 scales of a weight of `shape` [out, in]."""
+        rows, columns = shape
+        if self is Granularity.CHANNEL:
+            return rows, 1
+        if self is Granularity.BLOCK:
+            return -(-rows // BLOCK), -(-columns // BLOCK)
+        return (1,)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows that must be seen together: a slab of rows is a multiple of this."""
+        return BLOCK if self is Granularity.BLOCK else 1
+
+
+class OutputFormat(str, Enum):
+    """The dialect of the output's config and scale names."""
+
+    COMPRESSED_TENSORS = "compressed-tensors"
+    FP8 = "fp8"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A granularity in an output format. Raises SchemeError where the format has no such thing."""
+
+    granularity: Granularity = Granularity.CHANNEL
+    format: OutputFormat = OutputFormat.COMPRESSED_TENSORS
+
+    def __post_init__(self) -> None:
+        if self.format is OutputFormat.FP8 and self.granularity is Granularity.CHANNEL:
+            raise SchemeError(
+                "--format fp8 has no channel scales; use --scheme block or tensor with it, or "
+                "--format compressed-tensors"
+            )
+
+    @property
+    def expert_granularity(self) -> Granularity:
+        """vLLM refuses compressed-tensors' tensor scales on experts: those get channel scales."""
+        if (self.format, self.granularity) == (OutputFormat.COMPRESSED_TENSORS, Granularity.TENSOR):
+            return Granularity.CHANNEL
+        return self.granularity
+
+    @property
+    def scale_suffix(self) -> str:
+        if (self.format, self.granularity) == (OutputFormat.FP8, Granularity.BLOCK):
+            return "weight_scale_inv"
+        return "weight_scale"
+
+    def quantization_config(
+        self,
+        targets: Mapping[Granularity, Sequence[str]],
+        ignore: Sequence[str],
+        ignored_experts: Sequence[str],
+    ) -> dict[str, Any]:
+        """The `quantization_config` of config.json.
+
+        `targets` gives, for each granularity in use, what it applies to; `ignore` names the modules
+        left in 16 bit and `ignored_experts` the prefixes of expert sets left in 16 bit, which each
+        format spells in its own way.
+        """
+        if self.format is OutputFormat.COMPRESSED_TENSORS:
+            patterns = [_experts_pattern(prefix) for prefix in ignored_experts]
+            return _compressed_tensors(targets, [*ignore, *patterns])
+        return _fp8(self.granularity, [*ignore, *ignored_experts])
+
+
+EXPERTS_TARGET = r"re:.*\.experts(\..*)?$"
+
+
+def _experts_pattern(prefix: str) -> str:
+    """Hits an expert set under whatever prefix an engine gives the model, and its experts alone."""
+    tail = prefix[prefix.find("layers.") :] if "layers." in prefix else prefix
+    return r"re:(.*\.)?" + tail.replace(".", r"\.") + r"(\..*)?$"
+
+
+def _compressed_tensors(
+    targets: Mapping[Granularity, Sequence[str]], ignore: Sequence[str]
+) -> dict[str, Any]:
+    groups = {
+        f"group_{number}": {
+            "targets": list(names),
+            "format": "float-quantized",
+            "weights": _weights(granularity),
+            "input_activations": _input_activations(granularity),
+            "output_activations": None,
+        }
+        for number, (granularity, names) in enumerate(targets.items())
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _weights(granularity: Granularity) -> dict[str, Any]:
+    block = {"block_structure": [BLOCK, BLOCK]} if granularity is Granularity.BLOCK else {}
+    return _float8(granularity.value, dynamic=False) | block
+
+
+def _input_activations(granularity: Granularity) -> dict[str, Any]:
+    if granularity is Granularity.BLOCK:
+        return _float8("group", dynamic=True) | {"group_size": BLOCK}
+    return _float8("token", dynamic=True)
+
+
+def _float8(strategy: str, dynamic: bool) -> dict[str, Any]:
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": dynamic,
+        "group_size": None,
+    }
+
+
+def _fp8(granularity: Granularity, ignore: Sequence[str]) -> dict[str, Any]:
+    block = {"weight_block_size": [BLOCK, BLOCK]} if granularity is Granularity.BLOCK else {}
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        **block,
+        "modules_to_not_convert": list(ignore),
+    }
