@@ -16,7 +16,6 @@ LLAMA: Mapping[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,
     "intermediate_size": 256,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 96,
@@ -66,7 +65,7 @@ def write_checkpoint(
     directory: Path,
     tensors: Mapping[str, torch.Tensor],
     shards: int = 1,
-    config: Mapping[str, Any] = LLAMA,
+    config: Mapping[str, Any] | None = None,
     index: bool | None = None,
     order: Sequence[int] | None = None,
 ) -> Path:
@@ -75,7 +74,7 @@ def write_checkpoint(
     `order` permutes the files; an index is written for several files unless `index` says no.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2))
+    (directory / "config.json").write_text(json.dumps(config or _config(tensors), indent=2))
     weight_map = {}
     order = order or range(shards)
     for number, file in enumerate(order):
@@ -88,6 +87,11 @@ def write_checkpoint(
         document = {"metadata": {"total_size": 0}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(document))
     return directory
+
+
+def _config(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    numbers = [int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")]
+    return {**LLAMA, "num_hidden_layers": max(numbers, default=-1) + 1}
 
 
 @pytest.fixture

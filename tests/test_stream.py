@@ -1,0 +1,402 @@
+"""Streamed equals everything at once, bit for bit, for every order, thread count and budget."""
+
+import gc
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from fp8stream.checkpoint import open_checkpoint
+from fp8stream.errors import CheckpointError, OutputError, WeightError
+from fp8stream.memory import MIB, PeakMeter, Workspace
+from fp8stream.plan import Plan, Resources, plan_quantization
+from fp8stream.policy import Patterns
+from fp8stream.reader import ShardReader
+from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.stream import Worker, stream_layers
+from fp8stream.writer import CheckpointWriter
+from tests import oracle
+from tests.conftest import Tensors, llama_tensors, write_checkpoint
+
+CPU = torch.device("cpu")
+SCHEMES = [
+    Scheme(Granularity.CHANNEL),
+    Scheme(Granularity.BLOCK),
+    Scheme(Granularity.TENSOR),
+    Scheme(Granularity.BLOCK, OutputFormat.FP8),
+    Scheme(Granularity.TENSOR, OutputFormat.FP8),
+]
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+schemes = pytest.mark.parametrize(
+    "scheme", SCHEMES, ids=lambda s: f"{s.granularity.value}-{s.format.value}"
+)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer is all NaN before it is read into, so that an element not read shows."""
+    read_into = ShardReader.read_into
+
+    def poisoned(self: ShardReader, buffer: memoryview, offset: int, name: str) -> None:
+        buffer[:] = b"\xff" * len(buffer)
+        read_into(self, buffer, offset, name)
+
+    monkeypatch.setattr(ShardReader, "read_into", poisoned)
+
+
+def convert(
+    source: Path,
+    output: Path,
+    scheme: Scheme,
+    budget: int = 64 * MIB,
+    threads: int = 2,
+    max_shard_size: int = 5 * 10**9,
+) -> Plan:
+    checkpoint = open_checkpoint(source)
+    resources = Resources(budget, threads, max_shard_size)
+    plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
+    with CheckpointWriter(output, plan.files) as writer:
+        list(stream_layers(checkpoint, plan, writer, CPU))
+        writer.commit(checkpoint, plan.config)
+    return plan
+
+
+def load(directory: Path) -> Tensors:
+    tensors: Tensors = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def expected(tensors: Tensors, scheme: Scheme) -> Tensors:
+    """What quantizing `tensors` at once gives, by the rules of the formats."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if ".layers." not in name or tensor.ndim != 2 or ".gate.weight" in name:
+            result[name] = tensor
+            continue
+        expert = ".experts." in name
+        granularity = scheme.expert_granularity if expert else scheme.granularity
+        parent, leaf = name.removesuffix(".weight").rsplit(".", 1)
+        fused = next((members for members in FUSED if leaf in members), (leaf,))
+        partners = [f"{parent}.{m}.weight" for m in fused if m != leaf]
+        weights = [tensor, *(tensors[p] for p in partners if p in tensors)]
+        codes, scale = oracle.quantize(weights, granularity)
+        result |= {name: codes, f"{parent}.{leaf}.{scheme.scale_suffix}": scale}
+    return result
+
+
+def assert_same(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert oracle.same(found[name], tensor), name
+
+
+@schemes
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_streamed_equals_at_once_for_every_order_of_files(
+    tmp_path: Path, scheme: Scheme, order: tuple[int, ...]
+) -> None:
+    tensors = llama_tensors(kv=128, inter=300, hidden=200)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=3, order=order)
+    convert(source, tmp_path / "out", scheme)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+
+
+@schemes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_source_dtype(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) -> None:
+    tensors = llama_tensors(dtype=dtype)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "out", scheme)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+
+
+@schemes
+def test_every_budget_thread_count_and_sharding_gives_the_same_files(
+    tmp_path: Path, scheme: Scheme
+) -> None:
+    tensors = llama_tensors(hidden=512, inter=1400, kv=256, layers=3, vocab=2000)
+    written = set()
+    runs = itertools.product((1, 3, 17), (1, 2, 5), (3 * MIB // 2, 16 * MIB, 1024 * MIB))
+    for number, (shards, threads, budget) in enumerate(runs):
+        source = tmp_path / f"in-{shards}"
+        if not source.exists():
+            write_checkpoint(source, tensors, shards)
+        output = tmp_path / f"out-{number}"
+        convert(source, output, scheme, budget, threads, max_shard_size=2 * 10**6)
+        written.add(tuple((f.name, f.read_bytes()) for f in sorted(output.iterdir())))
+    assert len(written) == 1
+    assert_same(load(output), expected(tensors, scheme))
+
+
+@schemes
+def test_experts_are_quantized_and_routers_kept(tmp_path: Path, scheme: Scheme) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
+
+    tensors = llama_tensors(layers=1)
+    for expert in range(12):
+        at = f"model.layers.0.block_sparse_moe.experts.{expert}"
+        tensors |= {
+            f"{at}.w1.weight": matrix(256, 128) * (expert + 1),
+            f"{at}.w3.weight": matrix(256, 128),
+            f"{at}.w2.weight": matrix(128, 256),
+        }
+    tensors["model.layers.0.block_sparse_moe.gate.weight"] = matrix(12, 128)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    convert(source, tmp_path / "out", scheme)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=st.integers(64, 400),
+    columns=st.integers(64, 400),
+    scheme=st.sampled_from(SCHEMES),
+    budget=st.integers(350_000, 2_000_000),
+    threads=st.integers(1, 4),
+)
+def test_slabs_change_no_bit(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    budget: int,
+    threads: int,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("slabs")
+    tensors = llama_tensors(hidden=columns, inter=rows, layers=1, kv=columns)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "out", scheme, budget, threads)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+
+
+def test_what_is_not_quantized_keeps_its_bytes(tmp_path: Path) -> None:
+    tensors = llama_tensors(layers=1)
+    tensors |= {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.empty(0, 7),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "doubles": torch.randn(3, 3, dtype=torch.float64),
+        "flags": torch.tensor([True, False, True]),
+        "model.layers.0.self_attn.q_proj.bias": torch.randn(128).bfloat16(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(8),
+    }
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    scheme = Scheme()
+    convert(source, tmp_path / "out", scheme)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+
+
+def test_a_file_of_empty_tensors_alone_is_written(tmp_path: Path) -> None:
+    tensors = llama_tensors(layers=1) | {"zz": torch.empty(0, 7)}
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "out", Scheme(), max_shard_size=1)
+    assert_same(load(tmp_path / "out"), expected(tensors, Scheme()))
+
+
+def test_kept_tensors_are_copied_where_the_kernel_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: int) -> int:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("os.copy_file_range", refuse)
+    tensors = llama_tensors(vocab=3000)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "out", Scheme())
+    assert_same(load(tmp_path / "out"), expected(tensors, Scheme()))
+
+
+@schemes
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_nan_and_infinity_are_refused_by_name_count_and_place(
+    tmp_path: Path, scheme: Scheme, bad: float
+) -> None:
+    tensors = llama_tensors(hidden=512, inter=512)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][300, 7] = tensors[name][511, 511] = bad
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    with pytest.raises(WeightError) as caught:
+        convert(source, tmp_path / "out", scheme, budget=MIB)
+    assert name in str(caught.value)
+    assert "2 of 262144" in str(caught.value)
+    assert "[300, 7]" in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_an_event_for_every_layer_adds_up_to_the_plan(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", llama_tensors(hidden=512, kv=512))
+    checkpoint = open_checkpoint(source)
+    for scheme in SCHEMES:
+        plan = plan_quantization(checkpoint, scheme, Patterns(), Resources(MIB, 2, 10**9))
+        with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+            events = list(stream_layers(checkpoint, plan, writer, CPU))
+        assert {event.name for event in events} == {layer.name for layer in plan.layers}
+        assert sum(event.bytes_read for event in events) == plan.bytes_read
+        tensors = sum(t.nbytes for file in plan.files for t in file.tensors)
+        assert sum(event.bytes_written for event in events) == tensors
+
+
+def test_closing_early_stops_the_workers_and_leaves_nothing(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", llama_tensors(layers=8))
+    checkpoint = open_checkpoint(source)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 2, 10**9))
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        events = stream_layers(checkpoint, plan, writer, CPU)
+        next(events)
+        assert isinstance(events, Iterator)
+        events.close()  # type: ignore[attr-defined]
+        assert not [t for t in threading.enumerate() if t.name.startswith("fp8stream-")]
+        with pytest.raises(OutputError, match="missing"):
+            writer.commit(checkpoint, plan.config)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_buffers_are_freed_at_the_end(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[weakref.ref[Worker]] = []
+    init = Worker.__init__
+
+    def remember(self: Worker, *arguments: Any) -> None:
+        workers.append(weakref.ref(self))
+        init(self, *arguments)
+
+    monkeypatch.setattr(Worker, "__init__", remember)
+    convert(llama, tmp_path / "out", Scheme())
+    gc.collect()
+    assert len(workers) == 2
+    assert all(worker() is None for worker in workers)
+
+
+def test_peak_memory_stays_within_the_plan(tmp_path: Path) -> None:
+    tensors = llama_tensors(hidden=1024, inter=8192, layers=2)  # 16 MiB a matrix
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "first", Scheme())  # what is loaded once is not the run's
+    gc.collect()
+    with PeakMeter(interval=0.001) as meter:
+        plan = convert(source, tmp_path / "out", Scheme(), budget=8 * MIB)
+    assert plan.workspace.total_bytes <= 8 * MIB
+    assert meter.peak.anonymous - meter.baseline.anonymous <= plan.workspace.total_bytes + 4 * MIB
+
+
+def test_a_source_that_changes_under_the_run_is_refused(tmp_path: Path, llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
+    shard = llama / checkpoint.shards[1].name
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with (
+        pytest.raises(CheckpointError, match="changed since its header was read"),
+        CheckpointWriter(tmp_path / "out", plan.files) as writer,
+    ):
+        list(stream_layers(checkpoint, plan, writer, CPU))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bytes_written_twice_are_refused(tmp_path: Path, llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
+    name = plan.files[0].tensors[0].name
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        writer.write(name, 0, memoryview(b"1234"))
+        with pytest.raises(OutputError, match="came before"):
+            writer.write(name, 2, memoryview(b"1234"))
+
+
+def test_a_file_has_no_header_before_it_is_whole(tmp_path: Path, llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
+    file = plan.files[0]
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        for tensor in file.tensors[:-1]:
+            writer.write(tensor.name, 0, memoryview(bytes(tensor.nbytes)))
+        path = tmp_path / "out.fp8stream-partial" / file.name
+        assert path.stat().st_size == file.size
+        assert path.read_bytes()[: len(file.header)] == bytes(len(file.header))
+        writer.write(file.tensors[-1].name, 0, memoryview(bytes(file.tensors[-1].nbytes)))
+        assert path.read_bytes()[: len(file.header)] == file.header
+
+
+def test_a_second_run_to_the_same_output_is_refused_while_the_first_lives(
+    tmp_path: Path, llama: Path
+) -> None:
+    with CheckpointWriter(tmp_path / "out", []):
+        with (
+            pytest.raises(OutputError, match="another run"),
+            CheckpointWriter(tmp_path / "out", []),
+        ):
+            pass
+        assert (tmp_path / "out.fp8stream-partial").exists()
+
+
+def test_what_a_dead_run_left_is_taken_over(tmp_path: Path, llama: Path) -> None:
+    left = tmp_path / "out.fp8stream-partial"
+    (left / "subdirectory").mkdir(parents=True)
+    (left / "subdirectory" / "file").write_text("left")
+    convert(llama, tmp_path / "out", Scheme())
+    assert not left.exists()
+    assert not (tmp_path / "out" / "subdirectory").exists()
+
+
+def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        list(stream_layers(checkpoint, plan, writer, CPU))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "somebody else's").write_text("")
+        with pytest.raises(OutputError, match="move it where you want it"):
+            writer.commit(checkpoint, plan.config)
+    assert (tmp_path / "out.fp8stream-partial" / "config.json").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@schemes
+def test_a_gpu_gives_the_same_bytes(tmp_path: Path, scheme: Scheme) -> None:
+    tensors = llama_tensors(hidden=512, inter=1400, kv=256)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    checkpoint = open_checkpoint(source)
+    for threads, budget in ((1, 8 * MIB), (4, 256 * MIB)):
+        resources = Resources(budget, threads, 10**9, on_gpu=True)
+        plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
+        output = tmp_path / f"out-{threads}"
+        torch.cuda.reset_peak_memory_stats()
+        with CheckpointWriter(output, plan.files) as writer:
+            list(stream_layers(checkpoint, plan, writer, torch.device("cuda", 0)))
+            writer.commit(checkpoint, plan.config)
+        assert_same(load(output), expected(tensors, scheme))
+        assert torch.cuda.max_memory_allocated() <= plan.workspace.device_bytes + 8 * MIB
+
+
+def test_the_workspace_is_what_the_worker_allocates(tmp_path: Path, llama: Path) -> None:
+    """The predicted peak is a sum of buffers: the same that a worker really makes."""
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 3, 10**9))
+    sizes: list[int] = []
+    make: Callable[..., torch.Tensor] = torch.empty
+
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
+        tensor = make(*arguments, **options)
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(tmp_path / "o", []) as writer:
+        patch.setattr(torch, "empty", counted)
+        reader: Any = None
+        Worker(plan.workspace, CPU, reader, writer, threading.Event())
+    assert isinstance(plan.workspace, Workspace)
+    assert plan.workspace.total_bytes == 3 * sum(sizes)
