@@ -79,8 +79,9 @@ class Workspace:
 
     @property
     def host_bytes(self) -> int:
-        scratch = 0 if self.on_gpu else 4 * self.scratch_elements
-        return self.workers * (self.slab_bytes + self.codes_bytes + scratch)
+        if self.on_gpu:
+            return self.workers * (_pinned(self.slab_bytes) + _pinned(self.codes_bytes))
+        return self.workers * (self.slab_bytes + self.codes_bytes + 4 * self.scratch_elements)
 
     @property
     def device_bytes(self) -> int:
@@ -90,6 +91,11 @@ class Workspace:
     @property
     def total_bytes(self) -> int:
         return self.host_bytes + self.device_bytes
+
+
+def _pinned(size: int) -> int:
+    """What torch's allocator takes for `size` bytes of pinned memory: a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
 
 
 def plan_workspace(demand: SlabDemand, budget: int, threads: int, on_gpu: bool) -> Workspace:
@@ -106,18 +112,23 @@ def plan_workspace(demand: SlabDemand, budget: int, threads: int, on_gpu: bool) 
         )
     workers = max(1, min(threads, budget // max(least, SMALLEST_SHARE)))
     limit = CUDA_SCRATCH_ELEMENTS if on_gpu else CPU_SCRATCH_ELEMENTS
-    affordable = budget // workers // 16  # a quarter of a worker's share, at 4 bytes an element
-    scratch = max(scratch, min(limit, affordable, demand.tensor_bytes // demand.itemsize))
+    share = budget // workers
+    room = share - _workspace(demand, demand.row_bytes, 0, 1, on_gpu).total_bytes
+    # Four bytes an element: no more than the smallest slab leaves, or a quarter of the share.
+    affordable = min(room // 4, share // 16, demand.tensor_bytes // demand.itemsize)
+    scratch = max(scratch, min(limit, affordable))
     fixed = _workspace(demand, 0, scratch, workers, on_gpu).total_bytes
     slab_byte = workers * (1 + 1 / demand.itemsize) * (2 if on_gpu else 1)
     slab = min(LARGEST_SLAB, demand.tensor_bytes, int((budget - fixed) / slab_byte))
+    if on_gpu and slab:
+        slab = 1 << slab.bit_length() - 1
     return _workspace(demand, max(slab, demand.row_bytes), scratch, workers, on_gpu)
 
 
 def _workspace(
     demand: SlabDemand, slab: int, scratch: int, workers: int, on_gpu: bool
 ) -> Workspace:
-    return Workspace(workers, slab, -(-slab // demand.itemsize), scratch, on_gpu)
+    return Workspace(workers, slab, slab // demand.itemsize, scratch, on_gpu)
 
 
 @dataclass(frozen=True)
