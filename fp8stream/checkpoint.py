@@ -90,7 +90,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _check_unique(shards)
     if weight_map is not None:
         _check_weight_map(directory, weight_map, shards, warnings)
-    side_files = _find_side_files(directory, set(names), warnings)
+    side_files = _find_side_files(directory, set(names), warnings, recursive=not single)
     return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
 
 
@@ -224,12 +224,15 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _find_side_files(
-    directory: Path, shards: set[str], warnings: list[str]
+    directory: Path, shards: set[str], warnings: list[str], recursive: bool
 ) -> tuple[SideFile, ...]:
-    """Everything beside the weights that goes along as it is."""
+    """Everything beside the weights that goes along as it is.
+
+    What lies in directories beside a single file need not belong to it, so that is left alone.
+    """
     copied: list[SideFile] = []
     left: list[str] = []
-    for path in _walk(directory, left):
+    for path in _walk(directory, left) if recursive else _files(directory):
         name = str(path.relative_to(directory))
         if name in shards or name == "config.json" or name.endswith(INDEX_SUFFIX):
             continue
@@ -241,6 +244,10 @@ def _find_side_files(
         shown = ", ".join(sorted(left)[:5]) + (", ..." if len(left) > 5 else "")
         warnings.append(f"not copied to the output: {shown}")
     return tuple(sorted(copied, key=lambda file: file.name))
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in directory.iterdir() if not path.is_dir())
 
 
 def _walk(directory: Path, left: list[str]) -> Iterator[Path]:

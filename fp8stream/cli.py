@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -245,7 +245,8 @@ def quantize(
         _show_plan(checkpoint, plan, as_json, tensors=False)
         return
     job = _Job(checkpoint, plan, found, target, overwrite)
-    result = job.run(str(output), _progress(plan.bytes_read, no_progress))
+    with closing(_progress(plan.bytes_read, no_progress)) as progress:
+        result = job.run(str(output), progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
     click.echo(dump(result_json(plan, result), sys.stdout.isatty()) if as_json else output)
@@ -272,7 +273,7 @@ class _Job:
     target: Path
     overwrite: bool
 
-    def run(self, output: str, progress: "Callable[[LayerDone], None]") -> Result:
+    def run(self, output: str, progress: "Progress") -> Result:
         import torch
 
         from fp8stream.stream import device_peak, stream_layers, warm_up
@@ -343,14 +344,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _progress(total: int, hidden: bool) -> "Callable[[LayerDone], None]":
-    """What to call for every layer: a bar on a terminal, elsewhere a line now and then."""
-    if hidden:
-        return lambda done: None
-    return _Bar(total) if sys.stderr.isatty() else _Lines(total)
+class Progress:
+    """What to call for every layer. This one says nothing."""
+
+    def __call__(self, done: "LayerDone") -> None:
+        """A layer was written."""
+
+    def close(self) -> None:
+        """No layer comes any more."""
 
 
-class _Bar:
+class _Bar(Progress):
+    """A bar on a terminal."""
+
     def __init__(self, total: int) -> None:
         from tqdm import tqdm
 
@@ -362,11 +368,15 @@ class _Bar:
         with suppress(OSError):
             self._bar.set_description(done.name, refresh=False)
             self._bar.update(done.bytes_read)
-            if self._bar.n >= (self._bar.total or 0):
-                self._bar.close()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._bar.close()
 
 
-class _Lines:
+class _Lines(Progress):
+    """A plain line now and then, where there is no terminal."""
+
     def __init__(self, total: int) -> None:
         self._total = total
         self._done = 0
@@ -389,36 +399,57 @@ class _Lines:
             )
 
 
-class _Terminated(BaseException):
-    """SIGTERM came."""
+def _progress(total: int, hidden: bool) -> Progress:
+    if hidden:
+        return Progress()
+    return _Bar(total) if sys.stderr.isatty() else _Lines(total)
 
 
-def _on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+class _Signalled(BaseException):
+    """A signal came that asks us to stop."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Signalled(number)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
+    # A stream that was closed, as `2>&-` does, is no reason to fail.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     with suppress(ValueError):  # not the main thread: then nobody sends us signals either
-        signal.signal(signal.SIGTERM, _on_sigterm)
+        signal.signal(signal.SIGINT, _on_signal)
+        signal.signal(signal.SIGTERM, _on_signal)
     try:
-        cli.main(arguments, prog_name="fp8stream", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our data had enough of it, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except click.exceptions.Abort:
-        return _failed("interrupted", 130)
-    except _Terminated:
-        return _failed("terminated", 143)
+        _invoke(list(sys.argv[1:] if arguments is None else arguments))
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except _Signalled as signalled:
+        name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
+        return _failed(name, 128 + signalled.number)
     except Fp8StreamError as error:
         return _failed(str(error), 1)
     except Exception as error:
         return _failed(f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where", 1)
     return 0
+
+
+def _invoke(arguments: list[str]) -> None:
+    """The group without click's own handling of signals and pipes, which exits in other ways."""
+    try:
+        with cli.make_context("fp8stream", arguments) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our data had enough of it, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(message: str, code: int) -> int:
