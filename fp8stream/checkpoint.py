@@ -208,7 +208,7 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path}: missing; a checkpoint needs the config.json that it was published with"
         )
-    config = parse_json(_read_bytes(path), f"{path}: broken")
+    config = parse_json(_read_bytes(path), f"{path}: broken", strict=False)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: broken: expected a JSON object")
     return config

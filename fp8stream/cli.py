@@ -23,6 +23,7 @@ from fp8stream import __version__
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.errors import CheckpointError, DeviceError, Fp8StreamError, SchemeError
 from fp8stream.memory import PeakMeter, format_size, parse_size
+from fp8stream.output import check_output
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.report import (
@@ -253,8 +254,6 @@ def quantize(
 
 
 def _check_target(output: Path, checkpoint: Checkpoint, plan: Plan, overwrite: bool) -> Path:
-    from fp8stream.writer import check_output
-
     if not plan.layers_quantized:
         raise SchemeError(
             f"{checkpoint.path}: nothing to quantize: no layer was recognised; "

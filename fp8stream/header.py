@@ -146,25 +146,32 @@ def parse_header(
     return tuple(tensors)
 
 
-def parse_json(data: bytes, where: str) -> Any:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises CheckpointError that starts `where`."""
+def parse_json(data: bytes, where: str, strict: bool = True) -> Any:
+    """JSON in UTF-8; `strict` refuses duplicate keys, NaN and infinity, which real configs have.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-            raise ValueError(f"the key {twice!r} stands twice")
-        return result
-
-    def constant(text: str) -> Any:
-        raise ValueError(f"{text} is not JSON")
-
+    Raises CheckpointError whose message starts with `where`.
+    """
+    hooks: dict[str, Any] = {}
+    if strict:
+        hooks = {"object_pairs_hook": _unique, "parse_constant": _no_constant}
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        return json.loads(data.decode("utf-8"), **hooks)
     except RecursionError as error:
         raise CheckpointError(f"{where}: nested too deep") from error
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
 
 
 def _parse_tensor(

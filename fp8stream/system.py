@@ -31,8 +31,18 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_memory_backed(path: Path) -> bool:
-    """Whether `path` lies in a RAM disk, where reserving space means zeroing memory twice."""
+def reserve(descriptor: int, path: Path, size: int) -> None:
+    """Gives a new file its size, and the disk's promise of it where that costs nothing.
+
+    A RAM disk would zero the memory, only for it to be written again. Raises OSError.
+    """
+    if _is_memory_backed(path):
+        os.ftruncate(descriptor, size)
+    else:
+        os.posix_fallocate(descriptor, 0, size)
+
+
+def _is_memory_backed(path: Path) -> bool:
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():

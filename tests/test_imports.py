@@ -15,6 +15,7 @@ HOUSE = [
     "cli",
     "stream",
     "writer",
+    "output",
     "report",
     "plan",
     "reader",
@@ -41,6 +42,7 @@ NO_TORCH = PURE | {
     "header",
     "memory",
     "reader",
+    "output",
     "system",
     "__init__",
 }

@@ -1,0 +1,157 @@
+"""An output that exists is whole.
+
+Work happens in a directory beside the output, locked while its run lives, and one rename makes it
+the output. What would stop that rename is looked for before any work is done.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from fp8stream.checkpoint import Checkpoint
+from fp8stream.errors import OutputError
+from fp8stream.memory import format_size
+from fp8stream.system import exchange, sync_directory
+
+WORK_SUFFIX = ".fp8stream-partial"
+
+
+def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: bool) -> Path:
+    """The real path to write to, or an OutputError before any work is done.
+
+    Refused: an output that exists (unless it is an empty directory, or a checkpoint and `overwrite`
+    says so), one inside the source or around it, a mount point, an unwritable place, a disk with
+    less than `needed` bytes free.
+    """
+    target = Path(os.path.realpath(output))
+    _check_apart(target, checkpoint)
+    _check_absent(target, overwrite)
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: cannot be created: {parent} is not a writable directory")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{output}: not enough disk space in {parent}: expected {format_size(needed)} free, "
+            f"found {format_size(free)}"
+        )
+    return target
+
+
+def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
+    directory = Path(os.path.realpath(checkpoint.directory))
+    if target == directory or target == Path(os.path.realpath(checkpoint.path)):
+        raise OutputError(f"{target}: OUTPUT is SOURCE itself; give another directory")
+    if checkpoint.path.is_dir() and directory in target.parents:
+        raise OutputError(f"{target}: OUTPUT lies inside SOURCE; give a directory outside it")
+    if target in directory.parents:
+        raise OutputError(f"{target}: OUTPUT contains SOURCE; give another directory")
+
+
+def _check_absent(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target}: expected a new or empty directory, found a file")
+    if os.path.ismount(target):
+        raise OutputError(
+            f"{target}: a mount point, which cannot be put in place in one step; give a directory "
+            f"inside it, such as {target / 'fp8'}"
+        )
+    try:
+        names = os.listdir(target)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be read: {error.strerror}") from error
+    if names and not overwrite:
+        raise OutputError(
+            f"{target}: exists already; --overwrite replaces it, once the new is whole"
+        )
+    if names and not any(n == "config.json" or n.endswith(".safetensors") for n in names):
+        raise OutputError(
+            f"{target}: holds {names[0]} and no checkpoint; --overwrite replaces checkpoints only"
+        )
+
+
+class OutputDirectory:
+    """The directory `work` that will be `output`. Leaving it unpublished removes all of it."""
+
+    def __init__(self, output: Path, overwrite: bool) -> None:
+        """`output` is what `check_output` returned."""
+        self.output = output
+        self.work = output.with_name(output.name + WORK_SUFFIX)
+        self._overwrite = overwrite
+        self._lock = -1
+        self._keep = False
+
+    def __enter__(self) -> "OutputDirectory":
+        with self.failing():
+            self.work.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock_directory(self.work)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._keep:
+            shutil.rmtree(self.work, ignore_errors=True)
+        os.close(self._lock)
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turns what the system says of the output into an OutputError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(
+                    f"{self.output}: the disk is full, and nothing was left behind; free some "
+                    "space, then run again"
+                ) from error
+            what = error.strerror or str(error)
+            raise OutputError(f"{self.output}: cannot be written: {what}") from error
+
+    def publish(self) -> None:
+        """One rename. What was finished is never thrown away: on failure it stays where it is."""
+        sync_directory(self.work)
+        self._keep = True
+        try:
+            if self._overwrite and self.output.exists():
+                exchange(self.work, self.output)
+                self._keep = False  # what is there now is the output of before
+            else:
+                self.work.rename(self.output)
+        except OSError as error:
+            raise OutputError(
+                f"{self.output}: could not be put in place: {error.strerror}; the finished output "
+                f"is {self.work}: move it where you want it"
+            ) from error
+        sync_directory(self.output.parent)
+
+
+def _lock_directory(work: Path) -> int:
+    """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
+    while True:
+        work.mkdir(exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise OutputError(
+                f"{work}: another run is writing this output; wait for it, or give another OUTPUT"
+            ) from None
+        # The run that had it may have published or removed it between our two calls.
+        if work.exists() and os.path.samestat(os.fstat(descriptor), os.stat(work)):
+            break
+        os.close(descriptor)
+    for left in work.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return descriptor
