@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fp8stream.errors import CheckpointError
-from fp8stream.header import Shard, TensorSpec, parse_json, read_shard
+from fp8stream.header import (
+    LFS_ADVICE,
+    LFS_POINTER,
+    Shard,
+    TensorSpec,
+    is_unicode,
+    parse_json,
+    read_shard,
+    shorten,
+)
 
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_INDEX = "model" + INDEX_SUFFIX
@@ -22,7 +31,7 @@ _OTHER_WEIGHTS = re.compile(
     r"|\.(bin|safetensors)\.index\.json$"
 )
 _SKIPPED_DIRECTORIES = {".git", ".cache", "original"}
-_SHARD_NUMBER = re.compile(r"-(\d{5,})-of-(\d{5,})\.safetensors$")
+_SHARD_NUMBER = re.compile(r"-([0-9]{5,})-of-([0-9]{5,})\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,11 @@ class Checkpoint:
         object.__setattr__(self, "tensors", tuple(every))
 
     @property
+    def file_names(self) -> tuple[str, ...]:
+        """Every file that is read, shards and side files, relative to `directory`."""
+        return (*(shard.name for shard in self.shards), *(side.name for side in self.side_files))
+
+    @property
     def model_type(self) -> str | None:
         value = self.config.get("model_type")
         return value if isinstance(value, str) else None
@@ -71,14 +85,22 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError for anything that is not a whole checkpoint, naming file and tensor.
     """
     source = Path(path)
-    if not source.exists():
-        raise CheckpointError(_absent(str(path)))
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(_absent(str(path))) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shorten(str(path))}: cannot be read: {error}") from error
     single = not source.is_dir()
     directory = source.parent if single else source
     if single and source.suffix != ".safetensors":
         raise CheckpointError(
             f"{source}: neither a checkpoint directory nor a .safetensors file; "
             "give the directory that holds config.json"
+        )
+    if single and (number := _SHARD_NUMBER.search(source.name)) and int(number[2]) > 1:
+        raise CheckpointError(
+            f"{source}: one shard of {int(number[2])}, not a whole checkpoint; give the directory"
         )
     config = _read_config(directory)
     warnings: list[str] = []
@@ -133,16 +155,17 @@ def _shards_without_index(directory: Path, warnings: list[str]) -> list[str]:
             + (f", only {', '.join(others[:3])}; convert it to safetensors first" if others else "")
         )
     numbered = [name for name in found if _SHARD_NUMBER.search(name)]
-    numbered = [n for n in numbered if not n.startswith("consolidated")] or numbered
-    if "model.safetensors" in found:
+    prefixes = {_SHARD_NUMBER.sub("", name) for name in numbered} - {"consolidated"}
+    prefix = "model" if "model" in prefixes else min(prefixes, default="")
+    names = [name for name in numbered if _SHARD_NUMBER.sub("", name) == prefix]
+    if "model.safetensors" in found and prefix != "model":
         names = ["model.safetensors"]
-        if any(name.startswith("model-") for name in numbered):
-            raise CheckpointError(
-                f"{directory}: both model.safetensors and {numbered[0]}, and no index to tell which"
-                " is the model; give one file as SOURCE, or remove the other"
-            )
-    elif numbered:
-        names = numbered
+    elif "model.safetensors" in found or (prefix != "model" and len(prefixes) > 1):
+        raise CheckpointError(
+            f"{directory}: {' and '.join(sorted(set(found) - set(names[1:]))[:2])}, and no index to"
+            " tell which is the model; give one file as SOURCE, or remove the other"
+        )
+    elif names:
         _check_numbers(directory, names)
     else:
         names = [n for n in found if not n.startswith("consolidated")] or found
@@ -155,12 +178,15 @@ def _shards_without_index(directory: Path, warnings: list[str]) -> list[str]:
 def _check_numbers(directory: Path, names: Sequence[str]) -> None:
     """Refuses a set of -00001-of-00005 files that lacks one: a download that was cut short."""
     numbers = [match for name in names if (match := _SHARD_NUMBER.search(name))]
-    totals = {int(match[2]) for match in numbers}
-    missing = sorted(set(range(1, max(totals) + 1)) - {int(match[1]) for match in numbers})
-    if len(totals) > 1 or missing:
+    totals = sorted({int(match[2]) for match in numbers})
+    found = sorted(int(match[1]) for match in numbers)
+    first = min(found[0], 1)  # some count from zero
+    expected = range(first, totals[-1] + first)
+    missing = next((n for n, m in zip(expected, [*found, -1], strict=False) if n != m), None)
+    if len(totals) > 1 or missing is not None:
         raise CheckpointError(
-            f"{directory}: expected shards 1 to {max(totals)}, found {len(names)} files"
-            + (f", no number {missing[0]}" if missing else f" of sets of {sorted(totals)}")
+            f"{directory}: expected shards {first} to {expected[-1]}, found {len(names)} files"
+            + (f" of sets of {totals}" if missing is None else f", no number {missing}")
             + "; download the rest"
         )
 
@@ -173,15 +199,21 @@ def _read_weight_map(path: Path) -> Mapping[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _is_plain_name(file):
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected the name of a .safetensors file in the same "
-                f"directory, found {file!r}"
+                f"{path}: tensor {shorten(repr(name))}: expected the name of a .safetensors file in"
+                f" the same directory, found {shorten(repr(file))}"
+            )
+        if not os.path.lexists(path.with_name(file)):
+            raise CheckpointError(
+                f"{path}: tensor {shorten(repr(name))}: expected in {shorten(file)}, found no such "
+                "file; download it"
             )
     return weight_map
 
 
 def _is_plain_name(file: str) -> bool:
     """Whether `file` names something directly in the directory, on any system's reading of it."""
-    return file.endswith(".safetensors") and not re.search(r"[/\\:\x00-\x1f]", file)
+    plain = len(file) < 256 and is_unicode(file) and not re.search(r"[/\\:\x00-\x1f]", file)
+    return plain and file.endswith(".safetensors")
 
 
 def _check_weight_map(
@@ -240,6 +272,8 @@ def _find_side_files(
             left.append(name)
         else:
             copied.append(SideFile(name, path.stat().st_size))
+            if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+                warnings.append(f"{name}: {LFS_ADVICE}; it is copied as it is")
     if left:
         shown = ", ".join(sorted(left)[:5]) + (", ..." if len(left) > 5 else "")
         warnings.append(f"not copied to the output: {shown}")
@@ -252,7 +286,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
     """Files below `directory`; a link to a directory is not followed, so that no loop can form."""
-    for root, folders, files in os.walk(directory):
+    for root, folders, files in os.walk(directory, onerror=lambda e: left.append(e.filename)):
         for folder in list(folders):
             path = Path(root) / folder
             if folder in _SKIPPED_DIRECTORIES or path.is_symlink():
@@ -263,9 +297,12 @@ def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
 
 
 def _quantized_as(config: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> str | None:
-    declared = config.get("quantization_config") or config.get("compression_config")
-    if isinstance(declared, dict) and declared:
-        return _describe_quantization(declared)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        declared = part.get("quantization_config") or part.get("compression_config")
+        if declared:
+            known = isinstance(declared, dict)
+            return _describe_quantization(declared) if known else "something not recognised"
     for tensor in tensors:
         if tensor.dtype.startswith(("F8_", "F4", "F6_")):
             return f"{tensor.dtype} weights such as {tensor.name}, not declared in config.json"
@@ -295,11 +332,15 @@ def _describe_quantization(declared: Mapping[str, Any]) -> str:
 
 def _absent(path: str) -> str:
     """What to say of a SOURCE that is not there: perhaps it is the name of a model on the hub."""
-    hub = re.fullmatch(r"(?:https?://[^/]+/|hf://)?([\w.-]+/[\w.-]+?)(?:/tree/[^/]+)?/?", path)
+    hub = re.fullmatch(
+        r"(?:https?://[^/]+/|hf://|huggingface\.co/)?([\w.-]+/[\w.-]+)"
+        r"(?:/(?:tree|blob|resolve)/.*)?/?(?:\?.*)?",
+        path,
+    )
     if hub and not path.startswith((".", "/")):
         name = hub[1].rpartition("/")[2]
         return (
             f"{path}: no such file or directory; fp8stream reads local checkpoints: if this is a "
             f"model on the hub, run 'hf download {hub[1]} --local-dir {name}' and give {name}"
         )
-    return f"{path}: no such file or directory"
+    return f"{shorten(path)}: no such file or directory"

@@ -6,13 +6,14 @@ and 143 interrupted.
 """
 
 import os
+import re
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
@@ -21,7 +22,13 @@ import click
 
 from fp8stream import __version__
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
-from fp8stream.errors import CheckpointError, DeviceError, Fp8StreamError, SchemeError
+from fp8stream.errors import (
+    CheckpointError,
+    DeviceError,
+    Fp8StreamError,
+    OutputError,
+    SchemeError,
+)
 from fp8stream.memory import PeakMeter, format_size, parse_size
 from fp8stream.output import check_output
 from fp8stream.plan import Plan, Resources, plan_quantization
@@ -29,6 +36,7 @@ from fp8stream.policy import Patterns
 from fp8stream.report import (
     Result,
     dump,
+    escape,
     plan_json,
     print_plan,
     print_result,
@@ -49,33 +57,17 @@ DEFAULT_SHARD_SIZE = "5GB"
 SECONDS_BETWEEN_LINES = 30
 
 
-class Size(click.ParamType[int]):
-    """A size in bytes, such as 256MiB or 5GB."""
-
-    name = "size"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        try:
-            return parse_size(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+def _size(context: click.Context, option: click.Parameter, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
-class Device(click.ParamType[str]):
-    """auto, cpu, cuda or cuda:N."""
-
-    name = "device"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
-        text = str(value)
-        kind, _, number = text.partition(":")
-        if text not in ("auto", "cpu", "cuda") and not (kind == "cuda" and number.isdecimal()):
-            self.fail(f"{text!r} is not auto, cpu, cuda or cuda:N", param, ctx)
-        return text
+def _device(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
+        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
+    return value
 
 
 def _scheme_options(command: F) -> F:
@@ -154,7 +146,7 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--tensors and --json exclude each other")
     checkpoint = open_checkpoint(source)
     resources = Resources(parse_size(DEFAULT_BUDGET), _cores(), parse_size(DEFAULT_SHARD_SIZE))
-    plan = _plan(checkpoint, resources, **options)
+    plan = plan_quantization(checkpoint, *_wishes(**options), resources)
     _show_plan(checkpoint, plan, as_json, tensors)
     if not as_json:
         _warn(plan.warnings)
@@ -166,14 +158,14 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
 @_scheme_options
 @click.option(
     "--device",
-    type=Device(),
+    callback=_device,
     default="auto",
     show_default=True,
     help="Where to compute: auto, cpu, cuda or cuda:N.",
 )
 @click.option(
     "--memory-budget",
-    type=Size(),
+    callback=_size,
     metavar="SIZE",
     default=DEFAULT_BUDGET,
     show_default=True,
@@ -181,7 +173,7 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--max-shard-size",
-    type=Size(),
+    callback=_size,
     metavar="SIZE",
     default=DEFAULT_SHARD_SIZE,
     show_default=True,
@@ -224,42 +216,67 @@ def quantize(
       vllm serve "$(fp8stream quantize Llama-3.1-8B Llama-3.1-8B-FP8)"
     """
     checkpoint = open_checkpoint(source)
-    if checkpoint.quantized_as and not dry_run:
-        raise CheckpointError(
-            f"{source}: already quantized ({checkpoint.quantized_as}); expected a checkpoint in "
-            "BF16, F16 or F32: give the model that it was made from"
-        )
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
-    plan = _plan(checkpoint, resources, **options)
-    target = None if dry_run else _check_target(output, checkpoint, plan, overwrite)
-
-    # From here on torch is needed, which takes longer to load than everything before.
-    from fp8stream.stream import find_device
-
-    found = find_device(device)
-    if found.type == "cuda":
-        resources = Resources(memory_budget, threads or _cores(), max_shard_size, on_gpu=True)
-        plan = _plan(checkpoint, resources, **options)
-    if not (dry_run and as_json):
-        _warn(plan.warnings)
-    if target is None:
-        _show_plan(checkpoint, plan, as_json, tensors=False)
+    plan = plan_quantization(checkpoint, *_wishes(**options), resources)
+    if dry_run:
+        _dry_run(checkpoint, _for_device(plan, resources, device)[0], as_json)
+        with _complaining():
+            _check(checkpoint, plan, output, overwrite)
         return
+    target = _check(checkpoint, plan, output, overwrite)
+    # From here on torch is needed, which takes longer to load than everything before.
+    plan, found = _for_device(plan, resources, device)
+    _warn(plan.warnings)
     job = _Job(checkpoint, plan, found, target, overwrite)
     with closing(_progress(plan.bytes_read, no_progress)) as progress:
         result = job.run(str(output), progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
-    click.echo(dump(result_json(plan, result), sys.stdout.isatty()) if as_json else output)
+    with _stdout():
+        if as_json:
+            click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
+        else:
+            click.echo(os.fsencode(output))
 
 
-def _check_target(output: Path, checkpoint: Checkpoint, plan: Plan, overwrite: bool) -> Path:
+def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) -> Path:
+    """Everything that can be refused before any work; the directory to write to."""
+    if checkpoint.quantized_as:
+        raise CheckpointError(
+            f"{checkpoint.path}: already quantized ({checkpoint.quantized_as}); expected a "
+            "checkpoint in BF16, F16 or F32: give the model that it was made from"
+        )
     if not plan.layers_quantized:
         raise SchemeError(
-            f"{checkpoint.path}: nothing to quantize: no layer was recognised; "
+            f"{checkpoint.path}: nothing to quantize: no layer was recognised, or all are ignored; "
             "'fp8stream inspect' tells why, --include asks for layers by name"
         )
     return check_output(output, checkpoint, plan.disk_bytes, overwrite)
+
+
+@contextmanager
+def _complaining() -> Iterator[None]:
+    """What would be refused, as a warning: a dry run tells it and goes on."""
+    try:
+        yield
+    except Fp8StreamError as error:
+        _warn([str(error)])
+
+
+def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
+    _show_plan(checkpoint, plan, as_json, tensors=False)
+    if not as_json:
+        _warn(plan.warnings)
+
+
+def _for_device(plan: Plan, resources: Resources, name: str) -> "tuple[Plan, torch.device]":
+    """The device called `name`, and the plan with the buffers that it needs."""
+    from fp8stream.stream import find_device
+
+    device = find_device(name)
+    if device.type == "cuda":
+        plan = plan.with_resources(replace(resources, on_gpu=True))
+    return plan, device
 
 
 @dataclass(frozen=True)
@@ -280,24 +297,28 @@ class _Job:
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
-        warm_up(self.device)
-        read = 0
         start = time.perf_counter()
-        with (
-            PeakMeter() as meter,
-            CheckpointWriter(self.target, self.plan.files, self.overwrite) as writer,
-        ):
-            try:
-                for done in stream_layers(self.checkpoint, self.plan, writer, self.device):
-                    read += done.bytes_read
-                    progress(done)
-            except torch.cuda.OutOfMemoryError as error:
-                raise DeviceError(
-                    f"--device {self.device}: out of memory; give a smaller --memory-budget, or "
-                    "free the device"
-                ) from error
-            meter.sample()
-            writer.commit(self.checkpoint, self.plan.config)
+        try:
+            warm_up(self.device)
+            with (
+                CheckpointWriter(self.target, self.plan.files, self.overwrite) as writer,
+                PeakMeter() as meter,
+            ):
+                writer.copy_side_files(self.checkpoint)
+                layers = stream_layers(self.checkpoint, self.plan, writer, self.device)
+                with closing(layers):
+                    read = 0
+                    for done in layers:
+                        read += done.bytes_read
+                        progress(done)
+                meter.sample()
+                with _undisturbed():
+                    writer.commit(self.plan.config)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"--device {self.device}: out of memory; give a smaller --memory-budget, or free "
+                "the device"
+            ) from error
         return Result(
             output,
             time.perf_counter() - start,
@@ -309,34 +330,60 @@ class _Job:
         )
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    resources: Resources,
+def _wishes(
     scheme: str,
     output_format: str,
     ignore: Sequence[str],
     include: Sequence[str],
     ignore_from: TextIO | None,
-) -> Plan:
-    chosen = Scheme(Granularity(scheme), OutputFormat(output_format))
-    lines = tuple(line.rstrip("\r\n") for line in ignore_from) if ignore_from else ()
+) -> tuple[Scheme, Patterns]:
+    """What the options that `quantize` and `inspect` share ask for. Reads `--ignore-from`."""
+    lines = _lines_of(ignore_from) if ignore_from else ()
     patterns = Patterns((*ignore, *(line for line in lines if line)), tuple(include))
-    return plan_quantization(checkpoint, chosen, patterns, resources)
+    return Scheme(Granularity(scheme), OutputFormat(output_format)), patterns
+
+
+def _lines_of(file: TextIO) -> tuple[str, ...]:
+    try:
+        return tuple(line.rstrip("\r\n") for line in file)
+    except UnicodeDecodeError as error:
+        raise SchemeError(f"--ignore-from {file.name}: expected UTF-8: {error}") from error
 
 
 def _show_plan(checkpoint: Checkpoint, plan: Plan, as_json: bool, tensors: bool) -> None:
-    if as_json:
-        click.echo(dump(plan_json(checkpoint, plan), sys.stdout.isatty()))
-    elif tensors:
-        for line in tensor_lines(plan):
-            click.echo(line)
-    else:
-        print_plan(checkpoint, plan, sys.stdout)
+    with _stdout():
+        if as_json:
+            click.echo(dump(plan_json(checkpoint, plan), sys.stdout.isatty()))
+        elif tensors:
+            for line in tensor_lines(plan):
+                click.echo(line)
+        else:
+            print_plan(checkpoint, plan, sys.stdout)
+
+
+class _ReaderLeft(Exception):
+    """Whoever read our data had enough of it, as `head` does."""
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """Where data is printed: a reader that left is no failure, a full disk behind it is."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered must not fail a second time, when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _ReaderLeft from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        click.echo(f"warning: {warning}", err=True)
+    with suppress(OSError):
+        for warning in warnings:
+            click.echo(f"warning: {escape(warning)}", err=True)
 
 
 def _cores() -> int:
@@ -365,7 +412,7 @@ class _Bar(Progress):
 
     def __call__(self, done: "LayerDone") -> None:
         with suppress(OSError):
-            self._bar.set_description(done.name, refresh=False)
+            self._bar.set_description(escape(done.name), refresh=False)
             self._bar.update(done.bytes_read)
 
     def close(self) -> None:
@@ -393,7 +440,7 @@ class _Lines(Progress):
             click.echo(
                 f"{100 * self._done / self._total:.0f} %: {format_size(self._done)} of "
                 f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left, "
-                f"{done.name}",
+                f"{escape(done.name)}",
                 err=True,
             )
 
@@ -411,8 +458,32 @@ class _Signalled(BaseException):
         self.number = number
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    # One is enough: a second would break off the clean-up that the first one started.
+    for other in _STOPPING:
+        signal.signal(other, signal.SIG_IGN)
     raise _Signalled(number)
+
+
+def _listen() -> None:
+    """Stops at signals that our parent did not tell us to ignore, as `nohup` does."""
+    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
+        for number in _STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _on_signal)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts signals off while the output is put in place."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -420,40 +491,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A stream that was closed, as `2>&-` does, is no reason to fail.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
-        signal.signal(signal.SIGINT, _on_signal)
-        signal.signal(signal.SIGTERM, _on_signal)
+    _listen()
     try:
-        _invoke(list(sys.argv[1:] if arguments is None else arguments))
-    except click.exceptions.Exit as done:
-        return done.exit_code
+        # Not `cli.main`, which handles signals and pipes in ways of its own.
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with cli.make_context("fp8stream", given) as context:
+            cli.invoke(context)
+    except (_ReaderLeft, click.exceptions.Exit) as done:
+        return done.exit_code if isinstance(done, click.exceptions.Exit) else 0
     except click.ClickException as error:
-        error.show()
+        with suppress(OSError):
+            error.show()
         return error.exit_code
     except _Signalled as signalled:
         name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
         return _failed(name, 128 + signalled.number)
     except Fp8StreamError as error:
         return _failed(str(error), 1)
+    except MemoryError:
+        return _failed("out of memory; give a smaller --memory-budget, or fewer --threads", 1)
     except Exception as error:
         return _failed(f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where", 1)
     return 0
 
 
-def _invoke(arguments: list[str]) -> None:
-    """The group without click's own handling of signals and pipes, which exits in other ways."""
-    try:
-        with cli.make_context("fp8stream", arguments) as context:
-            cli.invoke(context)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our data had enough of it, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _failed(message: str, code: int) -> int:
-    if os.environ.get("FP8STREAM_DEBUG") == "1":
-        traceback.print_exc()
     with suppress(OSError):
-        click.echo(f"fp8stream: {' '.join(message.splitlines())}", err=True)
+        if os.environ.get("FP8STREAM_DEBUG") == "1":
+            traceback.print_exc()
+        click.echo(f"fp8stream: {escape(' '.join(message.splitlines()))}", err=True)
     return code

@@ -46,7 +46,3 @@ class Coverage:
                 return stop, begin
             stop = end
         return (stop, self.size) if stop < self.size else None
-
-    @property
-    def complete(self) -> bool:
-        return self.gap() is None

@@ -7,6 +7,7 @@ exactly, no holes, no overlaps, no duplicates. No torch, and no tensor data is t
 
 import json
 import math
+import os
 import re
 import stat
 from collections import Counter
@@ -18,6 +19,8 @@ from typing import Any
 from fp8stream.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+LFS_POINTER = b"version https://git-lfs"
+LFS_ADVICE = "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
 
 # Bits an element; the names are the format's own.
 DTYPE_BITS: Mapping[str, int] = {
@@ -86,10 +89,11 @@ def read_shard(path: Path) -> Shard:
     """Reads and checks the header of one safetensors file. Raises CheckpointError."""
     try:
         # A link is followed (the hub cache lays snapshots out as links); a FIFO is never opened.
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: expected a regular file, found {_kind(status.st_mode)}")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path}: expected a regular file, found {_kind(mode)}")
         with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
             first = stream.read(8)
             length = _header_length(path, first, status.st_size)
             header = stream.read(length)
@@ -102,10 +106,8 @@ def read_shard(path: Path) -> Shard:
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
-    if first == b"version " and size < 1024:
-        raise CheckpointError(
-            f"{path}: a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
-        )
+    if LFS_POINTER.startswith(first) and len(first) == 8 and size < 1024:
+        raise CheckpointError(f"{path}: {LFS_ADVICE}")
     if len(first) < 8:
         raise CheckpointError(
             f"{path}: truncated: expected at least 8 bytes, found {size}; download it again"
@@ -147,19 +149,23 @@ def parse_header(
 
 
 def parse_json(data: bytes, where: str, strict: bool = True) -> Any:
-    """JSON in UTF-8; `strict` refuses duplicate keys, NaN and infinity, which real configs have.
+    """JSON in UTF-8. Raises CheckpointError whose message starts with `where`.
 
-    Raises CheckpointError whose message starts with `where`.
+    `strict` refuses what the reference parser refuses or reads otherwise (duplicate keys, NaN,
+    numbers past its range); configs are read as leniently as transformers reads them.
     """
     hooks: dict[str, Any] = {}
     if strict:
-        hooks = {"object_pairs_hook": _unique, "parse_constant": _no_constant}
+        hooks = {"object_pairs_hook": _unique, "parse_constant": _number, "parse_float": _number}
+        hooks["parse_int"] = _integer
+    if data.startswith(LFS_POINTER):
+        raise CheckpointError(f"{where}: {LFS_ADVICE}")
     try:
         return json.loads(data.decode("utf-8"), **hooks)
     except RecursionError as error:
         raise CheckpointError(f"{where}: nested too deep") from error
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        raise CheckpointError(f"{where}: {shorten(str(error))}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -170,42 +176,76 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a number that JSON has")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or text == "-0":
+        raise ValueError(f"expected a whole number below 2^64, found {text}")
+    return int(text)
+
+
+def shorten(text: str) -> str:
+    """`text` for a message: what a hostile file says is not printed at whatever length."""
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogates, which JSON escapes can smuggle in."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _parse_tensor(
     name: str, entry: Any, path: Path, data_bytes: int, data_begin: int
 ) -> TensorSpec:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r}")
-    if re.search("[\ud800-\udfff]", name):
+    where = f"{path}: tensor {shorten(repr(name))}"
+    if not is_unicode(name):
         raise CheckpointError(f"{where}: the name is not valid Unicode")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        found = shorten(repr(entry))
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{where}: unknown dtype {dtype!r}; expected one of {', '.join(DTYPE_BITS)}"
+            f"{where}: unknown dtype {shorten(repr(dtype))}; expected one of "
+            f"{', '.join(DTYPE_BITS)}"
         )
-    if not isinstance(shape, list) or not all(_is_size(side) for side in shape):
-        raise CheckpointError(f"{where}: expected a shape of sizes from 0 to 2^63, found {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: expected two data_offsets, found {offsets!r}")
+        found = shorten(repr(offsets))
+        raise CheckpointError(f"{where}: expected two data_offsets, found {found}")
+    size = _size_of(dtype, shape, where)
     begin, end = offsets
-    bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits % 8 or bits >= 1 << 66:
-        raise CheckpointError(f"{where}: {dtype} of shape {shape} has no size in whole bytes")
-    if end - begin != bits // 8:
+    if end - begin != size:
         raise CheckpointError(
-            f"{where}: {dtype} of shape {shape} takes {bits // 8} bytes, "
-            f"found data_offsets {offsets} ({end - begin} bytes)"
+            f"{where}: {dtype} of shape {shorten(str(shape))} takes {size} bytes, found "
+            f"data_offsets {offsets} ({end - begin} bytes)"
         )
     if end > data_bytes:
         raise CheckpointError(
             f"{where}: truncated: expected data up to byte {end}, found {data_bytes} bytes; "
             "is it still downloading? Download it again"
         )
-    return TensorSpec(name, dtype, tuple(shape), path.name, data_begin + begin, bits // 8)
+    return TensorSpec(name, dtype, tuple(shape), path.name, data_begin + begin, size)
+
+
+def _size_of(dtype: str, shape: Any, where: str) -> int:
+    """Bytes of a tensor, multiplied up in the reference's order and refused where it overflows."""
+    found = shorten(repr(shape))
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise CheckpointError(f"{where}: expected a shape of sizes from 0 to 2^63, found {found}")
+    bits = DTYPE_BITS[dtype]
+    elements = 1
+    for side in shape:
+        elements *= side
+        if elements * bits >= 1 << 64:
+            raise CheckpointError(f"{where}: {dtype} of shape {found} overflows 64 bits")
+    if elements * bits % 8:
+        raise CheckpointError(f"{where}: {dtype} of shape {found} is no whole number of bytes")
+    return elements * bits // 8
 
 
 def _is_size(value: object) -> bool:
@@ -213,7 +253,8 @@ def _is_size(value: object) -> bool:
 
 
 def _check_metadata(metadata: object, path: Path) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and is_unicode(text) for text in texts):
         raise CheckpointError(f"{path}: bad header: expected __metadata__ of strings")
 
 
@@ -222,8 +263,8 @@ def _check_tiling(tensors: Sequence[TensorSpec], path: Path, begin: int, end: in
         if tensor.offset != begin:
             kind = "a hole before" if tensor.offset > begin else "an overlap at"
             raise CheckpointError(
-                f"{path}: {kind} tensor {tensor.name!r}: expected its data at byte {begin} of the "
-                f"file, found {tensor.offset}"
+                f"{path}: {kind} tensor {shorten(repr(tensor.name))}: expected its data at byte "
+                f"{begin} of the file, found {tensor.offset}"
             )
         begin += tensor.nbytes
     if begin != end:

@@ -15,25 +15,18 @@ from fp8stream.errors import CheckpointError
 
 
 def build_skeleton(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]]) -> nn.Module:
-    """Nested plain modules with a meta parameter for each (fqn, shape, dtype).
-
-    Raises CheckpointError for a name that no module can hold.
-    """
+    """Nested plain modules with a meta parameter for each (fqn, shape, dtype)."""
     root = nn.Module()
     for name, shape, dtype in tensors:
         *path, leaf = name.split(".")
         module = root
-        try:
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
-            meta = torch.empty(shape, dtype=dtype, device="meta")
-            module.register_parameter(leaf, nn.Parameter(meta, requires_grad=False))
-        except (KeyError, AttributeError) as error:
-            raise CheckpointError(
-                f"tensor {name!r}: no module can hold this name: {error}"
-            ) from None
+        for part in path:
+            # Not through `add_module`: a checkpoint may name a module `forward` or `training`.
+            child = module._modules.get(part) or nn.Module()
+            module._modules[part] = child
+            module = child
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+        module._parameters[leaf] = nn.Parameter(meta, requires_grad=False)
     return root
 
 
@@ -89,8 +82,12 @@ class Layer:
                 )
 
     def _put(self, key: str, parameter: nn.Parameter) -> None:
-        path, _, leaf = key.rpartition(".")
-        self.module.get_submodule(path).register_parameter(leaf, parameter)
+        *path, leaf = key.split(".")
+        module = self.module
+        for part in path:
+            child = module._modules[part]
+            module = child if child is not None else module
+        module._parameters[leaf] = parameter
 
 
 def _rows(tensor: Tensor) -> int:

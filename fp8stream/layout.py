@@ -44,10 +44,11 @@ class OutputFile:
     offsets: tuple[int, ...]
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts]
+def natural_key(name: str) -> list[tuple[int, str, str]]:
+    """Sorts `layers.2` before `layers.10`, by length first so that no number is too long."""
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    keys = [(part.lstrip("0") if at % 2 else "", part) for at, part in parts]
+    return [(len(number), number, part) for number, part in keys]
 
 
 def pack(

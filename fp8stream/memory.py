@@ -10,7 +10,6 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from fp8stream.errors import BudgetError
 
@@ -54,13 +53,15 @@ class SlabDemand:
 
     `row_bytes` is the smallest run of rows that can go through alone (one row, or 128 of them under
     block scales), `tensor_bytes` the largest tensor, `row_elements` the widest row, and `itemsize`
-    the smallest source element, since a slab of n bytes holds n / itemsize codes.
+    the smallest source element, since a slab of n bytes holds n / itemsize codes. `layers` is how
+    many there are to share among workers.
     """
 
     row_bytes: int = 64 * 1024
     tensor_bytes: int = 64 * 1024
     row_elements: int = 1
     itemsize: int = 2
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def plan_workspace(demand: SlabDemand, budget: int, threads: int, on_gpu: bool) 
             f"--memory-budget {format_size(budget)} is too small for this checkpoint: its widest "
             f"rows need {format_size(least)}; give at least {-(-least // MIB)}MiB"
         )
-    workers = max(1, min(threads, budget // max(least, SMALLEST_SHARE)))
+    if on_gpu:
+        threads = max(threads, 2)  # so that one's copies overlap the other's arithmetic
+    workers = max(1, min(threads, demand.layers, budget // max(least, SMALLEST_SHARE)))
     limit = CUDA_SCRATCH_ELEMENTS if on_gpu else CPU_SCRATCH_ELEMENTS
     share = budget // workers
     room = share - _workspace(demand, demand.row_bytes, 0, 1, on_gpu).total_bytes
@@ -163,12 +166,7 @@ class PeakMeter:
         self.baseline = self.peak = MemoryUsage.now()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._closed.set()
         self._thread.join()
 

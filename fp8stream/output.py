@@ -11,30 +11,35 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import OutputError
+from fp8stream.header import shorten
 from fp8stream.memory import format_size
 from fp8stream.system import exchange, sync_directory
 
 WORK_SUFFIX = ".fp8stream-partial"
+# Tells a directory that a run left unfinished from anything else that has its name.
+MARKER = ".fp8stream-unfinished"
 
 
 def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: bool) -> Path:
     """The real path to write to, or an OutputError before any work is done.
 
     Refused: an output that exists (unless it is an empty directory, or a checkpoint and `overwrite`
-    says so), one inside the source or around it, a mount point, an unwritable place, a disk with
-    less than `needed` bytes free.
+    says so), one inside the source or around any file of it, the current directory, a mount point,
+    an unwritable place, a disk with less than `needed` bytes free.
     """
     target = Path(os.path.realpath(output))
-    _check_apart(target, checkpoint)
-    _check_absent(target, overwrite)
-    parent = next(path for path in target.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{output}: cannot be created: {parent} is not a writable directory")
-    free = shutil.disk_usage(parent).free
+    try:
+        _check_apart(target, checkpoint)
+        _check_absent(target, overwrite)
+        parent = next(path for path in target.parents if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{output}: cannot be created: {parent} is not a writable directory")
+        free = shutil.disk_usage(parent).free + _left_behind(work_directory(target))
+    except OSError as error:
+        raise OutputError(f"{shorten(str(output))}: cannot be created: {error.strerror}") from error
     if free < needed:
         raise OutputError(
             f"{output}: not enough disk space in {parent}: expected {format_size(needed)} free, "
@@ -43,14 +48,31 @@ def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: b
     return target
 
 
+def work_directory(output: Path) -> Path:
+    """Where the output is made: beside it, so that a rename is enough to put it in place."""
+    return output.with_name(output.name + WORK_SUFFIX)
+
+
 def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
     directory = Path(os.path.realpath(checkpoint.directory))
-    if target == directory or target == Path(os.path.realpath(checkpoint.path)):
+    if target in (directory, Path(os.path.realpath(checkpoint.path))):
         raise OutputError(f"{target}: OUTPUT is SOURCE itself; give another directory")
     if checkpoint.path.is_dir() and directory in target.parents:
         raise OutputError(f"{target}: OUTPUT lies inside SOURCE; give a directory outside it")
-    if target in directory.parents:
-        raise OutputError(f"{target}: OUTPUT contains SOURCE; give another directory")
+    # A link's target counts as well: the files of a snapshot may lie anywhere.
+    for file in ("", "config.json", *checkpoint.file_names):
+        above = Path(os.path.realpath(directory / file), "_").parents
+        for place in (target, work_directory(target)):
+            if place in above:
+                raise OutputError(
+                    f"{target}: OUTPUT contains SOURCE: {directory / file} is in {place}; give "
+                    "another directory"
+                )
+    if target in Path(os.getcwd(), "_").parents:
+        raise OutputError(
+            f"{target}: the current directory or one above it, which cannot be put in place in one "
+            f"step; give a directory inside it, such as {target / 'fp8'}"
+        )
 
 
 def _check_absent(target: Path, overwrite: bool) -> None:
@@ -63,18 +85,22 @@ def _check_absent(target: Path, overwrite: bool) -> None:
             f"{target}: a mount point, which cannot be put in place in one step; give a directory "
             f"inside it, such as {target / 'fp8'}"
         )
-    try:
-        names = os.listdir(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be read: {error.strerror}") from error
+    names = os.listdir(target)
     if names and not overwrite:
         raise OutputError(
             f"{target}: exists already; --overwrite replaces it, once the new is whole"
         )
-    if names and not any(n == "config.json" or n.endswith(".safetensors") for n in names):
+    if names and not ("config.json" in names and any(n.endswith(".safetensors") for n in names)):
         raise OutputError(
             f"{target}: holds {names[0]} and no checkpoint; --overwrite replaces checkpoints only"
         )
+
+
+def _left_behind(work: Path) -> int:
+    """Bytes that an unfinished run left, which taking over its directory sets free."""
+    if not (work / MARKER).exists():
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
 
 
 class OutputDirectory:
@@ -83,7 +109,7 @@ class OutputDirectory:
     def __init__(self, output: Path, overwrite: bool) -> None:
         """`output` is what `check_output` returned."""
         self.output = output
-        self.work = output.with_name(output.name + WORK_SUFFIX)
+        self.work = work_directory(output)
         self._overwrite = overwrite
         self._lock = -1
         self._keep = False
@@ -94,12 +120,7 @@ class OutputDirectory:
             self._lock = _lock_directory(self.work)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if not self._keep:
             shutil.rmtree(self.work, ignore_errors=True)
         os.close(self._lock)
@@ -120,6 +141,7 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
+        (self.work / MARKER).unlink()
         sync_directory(self.work)
         self._keep = True
         try:
@@ -139,8 +161,8 @@ class OutputDirectory:
 def _lock_directory(work: Path) -> int:
     """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
     while True:
-        work.mkdir(exist_ok=True)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _make_work(work)
+        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -148,10 +170,27 @@ def _lock_directory(work: Path) -> int:
             raise OutputError(
                 f"{work}: another run is writing this output; wait for it, or give another OUTPUT"
             ) from None
+        except OSError:
+            pass  # a file system without locks: two runs at once are then the user's to avoid
         # The run that had it may have published or removed it between our two calls.
-        if work.exists() and os.path.samestat(os.fstat(descriptor), os.stat(work)):
+        if os.path.lexists(work) and os.path.samestat(os.fstat(descriptor), os.lstat(work)):
             break
         os.close(descriptor)
     for left in work.iterdir():
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if left.name != MARKER:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    (work / MARKER).touch()
     return descriptor
+
+
+def _make_work(work: Path) -> None:
+    """Raises OutputError if something is in the way that no run of ours made."""
+    try:
+        work.mkdir()
+    except FileExistsError:
+        ours = work.is_dir() and not work.is_symlink()
+        if not ours or not ((work / MARKER).exists() or not os.listdir(work)):
+            raise OutputError(
+                f"{work}: in the way: expected nothing, or what an unfinished run left; move or "
+                "remove it, or give another OUTPUT"
+            ) from None

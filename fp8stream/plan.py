@@ -16,7 +16,7 @@ from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import SchemeError
 from fp8stream.header import TensorSpec
 from fp8stream.layout import OutputFile, OutputTensor, index_bytes, natural_key, pack
-from fp8stream.memory import SlabDemand, Workspace, plan_workspace
+from fp8stream.memory import SlabDemand, Workspace, format_size, plan_workspace
 from fp8stream.policy import Patterns, decide
 from fp8stream.roles import Classified, Role, classify, fused_partners, is_tied
 from fp8stream.scheme import (
@@ -137,6 +137,10 @@ class Plan:
     def tensors(self) -> tuple[TensorPlan, ...]:
         return tuple(tensor for layer in self.layers for tensor in layer.tensors)
 
+    def with_resources(self, resources: Resources) -> "Plan":
+        """The same plan with other buffers. Raises BudgetError."""
+        return replace(self, workspace=_workspace(self.tensors, resources))
+
     @property
     def layers_quantized(self) -> int:
         return sum(1 for tensor in self.tensors if tensor.granularity)
@@ -191,16 +195,19 @@ def plan_quantization(
         resources.max_shard_size,
         {"format": "pt", "fp8stream": __version__},
     )
-    workspace = plan_workspace(
-        _demand(planned), resources.memory_budget, resources.threads, resources.on_gpu
-    )
+    largest = max((tensor.nbytes for file in files for tensor in file.tensors), default=0)
+    if largest > resources.max_shard_size:
+        warnings.append(
+            f"--max-shard-size {format_size(resources.max_shard_size)} is less than the largest "
+            f"tensor, which takes a file of {format_size(largest)}"
+        )
     warnings += _coverage_warnings(planned, scheme)
     return Plan(
         scheme,
         layers,
         files,
         {**checkpoint.config, "quantization_config": _config(planned, decided, scheme, tied)},
-        workspace,
+        _workspace(planned, resources),
         sum(file.size for file in checkpoint.side_files),
         tuple(warnings),
     )
@@ -265,6 +272,11 @@ def _group(
     return tuple(LayerPlan(name, tuple(members)) for name, members in layers.items())
 
 
+def _workspace(planned: Sequence[TensorPlan], resources: Resources) -> Workspace:
+    demand = _demand(planned)
+    return plan_workspace(demand, resources.memory_budget, resources.threads, resources.on_gpu)
+
+
 def _demand(planned: Sequence[TensorPlan]) -> SlabDemand:
     quantized = [tensor for tensor in planned if tensor.granularity]
     if not quantized:
@@ -274,6 +286,7 @@ def _demand(planned: Sequence[TensorPlan]) -> SlabDemand:
         tensor_bytes=max(tensor.spec.nbytes for tensor in quantized),
         row_elements=max(tensor.spec.shape[1] for tensor in quantized),
         itemsize=min(tensor.spec.itemsize for tensor in quantized),
+        layers=len(quantized),
     )
 
 
@@ -305,7 +318,7 @@ def _config(
             continue
         if tensor.role is Role.EXPERT:
             experts[known.expert_set or _experts_prefix(tensor.spec)] = None
-        elif known.quantizable:
+        elif known.linear_like:
             ignore.append(tensor.spec.module)
     return scheme.quantization_config(targets, ignore, list(experts))
 

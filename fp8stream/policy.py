@@ -7,7 +7,7 @@ an error, and a set that follows one of its members is a warning.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -36,72 +36,115 @@ def decide(
     `tied` lets a pattern name the output head, which no file holds then. Raises SchemeError for a
     pattern that matches nothing, with the nearest names, and for one that cannot be included.
     """
-    decided = dict(classified)
+    names = Names(tensors, tied)
+    ignored: dict[str, str] = {}
+    for pattern in patterns.ignore:
+        for name in names.match(pattern):
+            ignored.setdefault(name, f"--ignore {pattern}")
+    included: dict[str, str] = {}
     for pattern in patterns.include:
-        chosen = [n for n in _match(pattern, tensors, tied) if classified[n].quantizable]
+        chosen = [name for name in names.match(pattern) if classified[name].quantizable]
         if not chosen:
             raise SchemeError(
                 f"--include {pattern}: matches no weight that can be quantized: expected the "
                 "BF16, F16 or F32 matrix of a linear layer; see 'fp8stream inspect --tensors'"
             )
-        _change(decided, chosen, True, f"--include {pattern}")
-    ignored: set[str] = set()
-    for pattern in patterns.ignore:
-        chosen = list(_match(pattern, tensors, tied))
-        ignored.update(chosen)
-        _change(decided, chosen, False, f"--ignore {pattern}")
+        included |= dict.fromkeys(chosen, f"--include {pattern}")
+    decided = dict(classified)
+    _change(decided, included, True)
+    _change(decided, ignored, False)
     for key in ("fused_set", "expert_set"):
-        _together(decided, key, ignored, warnings)
+        _together(decided, key, ignored, included, warnings)
     return decided
 
 
-def _change(decided: dict[str, Classified], names: Sequence[str], quantize: bool, why: str) -> None:
-    for name in names:
+def _change(decided: dict[str, Classified], reasons: Mapping[str, str], quantize: bool) -> None:
+    """Decides the tensors that `reasons` names, where that is not what was decided already."""
+    for name, reason in reasons.items():
         if decided[name].quantize != quantize:
-            decided[name] = replace(decided[name], quantize=quantize, reason=why)
+            decided[name] = replace(decided[name], quantize=quantize, reason=reason)
 
 
-def _match(pattern: str, tensors: Sequence[TensorSpec], tied: bool) -> Iterator[str]:
-    """Names of the tensors that `pattern` matches. Raises SchemeError when there is none."""
-    if pattern.startswith("re:"):
-        names = _match_regex(pattern, tensors)
-    else:
-        below = pattern + "."
-        names = [t.name for t in tensors if t.name == pattern or t.name.startswith(below)]
-    if not names and not (tied and _names_tied_head(pattern)):
-        raise SchemeError(f"pattern {pattern!r} matches nothing{_nearest(pattern, tensors)}")
-    return iter(names)
+class Names:
+    """The names that a pattern may mean, so that thousands of exact ones are looked up quickly."""
+
+    def __init__(self, tensors: Sequence[TensorSpec], tied: bool) -> None:
+        """`tied` says that the model has an `lm_head` that no file holds."""
+        self._tied = tied
+        self._modules = {tensor.name: tensor.module for tensor in tensors}
+        self._exact: dict[str, list[str]] = defaultdict(list)
+        for name, module in self._modules.items():
+            self._exact[name].append(name)
+            self._exact[module].append(name)
+
+    def match(self, pattern: str) -> Sequence[str]:
+        """The tensors that `pattern` matches. Raises SchemeError when there is none."""
+        if pattern.startswith("re:"):
+            names = self._match(self._regex(pattern))
+        elif pattern in self._exact:
+            names = self._exact[pattern]
+        else:
+            names = self._match(lambda name: name.startswith(pattern + "."))
+        if not names and not self._is_tied_head(pattern):
+            raise SchemeError(
+                f"pattern {pattern!r} matches nothing{_nearest(pattern, list(self._modules))}"
+            )
+        return names
+
+    def _match(self, matches: Callable[[str], object]) -> list[str]:
+        return [n for n, module in self._modules.items() if matches(module) or matches(n)]
+
+    def _regex(self, pattern: str) -> Callable[[str], object]:
+        try:
+            return re.compile(pattern[3:]).match
+        except re.error as error:
+            raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+
+    def _is_tied_head(self, pattern: str) -> bool:
+        heads = ("lm_head", "lm_head.weight")
+        if pattern.startswith("re:"):
+            return self._tied and any(map(self._regex(pattern), heads))
+        return self._tied and pattern in heads
 
 
-def _match_regex(pattern: str, tensors: Sequence[TensorSpec]) -> list[str]:
-    try:
-        regex = re.compile(pattern[3:])
-    except re.error as error:
-        raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from None
-    return [t.name for t in tensors if regex.match(t.module) or regex.match(t.name)]
-
-
-def _names_tied_head(pattern: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], "lm_head") is not None
-    return pattern in ("lm_head", "lm_head.weight")
-
-
-def _nearest(pattern: str, tensors: Sequence[TensorSpec]) -> str:
+def _nearest(pattern: str, names: Sequence[str]) -> str:
     """The names most like `pattern`, and what a regular expression may have meant."""
     if pattern.startswith("re:"):
         return "; a regular expression must match from the start of a name: begin it with '.*'"
-    names = dict.fromkeys(name for t in tensors for name in (t.module, t.name) if name)
-    near = get_close_matches(pattern, list(names), n=3, cutoff=0.5)
-    if not near:
-        near = [name for name in names if pattern in name][:3]
+    near = [name for name in names if pattern in name][:3] or _correct(pattern.split("."), names)
     return f"; did you mean {' or '.join(near)}?" if near else "; see 'fp8stream inspect --tensors'"
 
 
+def _correct(parts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Names that `parts` may have meant, corrected from the left, one part of a name at a time.
+
+    Quick among very many names, since only those that begin right are looked at further.
+    """
+    before: list[str] = []
+    left = [name.split(".") for name in names]
+    for depth, part in enumerate(parts):
+        choices = {name[depth] for name in left if len(name) > depth}
+        near = [part] if part in choices else get_close_matches(part, choices, n=3, cutoff=0.5)
+        if not near:
+            break
+        if depth == len(parts) - 1:
+            return [".".join([*before, choice]) for choice in near]
+        before.append(near[0])
+        left = [name for name in left if len(name) > depth and name[depth] == near[0]]
+    return [".".join(before)] if before else []
+
+
 def _together(
-    decided: dict[str, Classified], key: str, ignored: set[str], warnings: list[str]
+    decided: dict[str, Classified],
+    key: str,
+    ignored: Mapping[str, str],
+    included: Mapping[str, str],
+    warnings: list[str],
 ) -> None:
-    """Makes every set all or none: one kept member keeps the set, and it is said why."""
+    """Makes every set all or none, and says of each member that follows another why it does.
+
+    What was asked for decides; left to itself, one kept member keeps the set.
+    """
     sets: dict[str, list[str]] = defaultdict(list)
     for name, known in decided.items():
         if getattr(known, key):
@@ -110,12 +153,17 @@ def _together(
     followers: list[tuple[str, str]] = []
     for members in sets.values():
         kept = [name for name in members if not decided[name].quantize]
-        follow = [name for name in members if decided[name].quantize]
-        if kept and follow:
-            because = next((name for name in kept if name in ignored), kept[0])
-            _change(decided, follow, False, f"{word} with {because}, which is kept")
-            followers += [(name, because) for name in follow if because in ignored]
+        quantized = [name for name in members if decided[name].quantize]
+        if not kept or not quantized:
+            continue
+        asked = [name for name in quantized if name in included]
+        grows = asked and all(decided[n].quantizable and n not in ignored for n in kept)
+        because = asked[0] if grows else next((n for n in kept if n in ignored), kept[0])
+        follow = kept if grows else quantized
+        _change(decided, dict.fromkeys(follow, f"{word} with {because}"), bool(grows))
+        followers += [(n, because) for n in follow if because in ignored or asked]
     if followers:
         name, because = followers[0]
+        done = "quantized" if decided[name].quantize else "kept"
         more = f" and {len(followers) - 1} more" if len(followers) > 1 else ""
-        warnings.append(f"{name}{more} kept too: {word} with {because}, which is ignored")
+        warnings.append(f"{name}{more} {done} too: {word} with {because}")

@@ -26,19 +26,26 @@ class Reader:
         path = self._directory / file
         shard = self._shards[file]
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # A FIFO that took the shard's place is refused below instead of waited for.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         try:
-            status = os.fstat(descriptor)
-            if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
-                raise CheckpointError(
-                    f"{path}: changed since its header was read: expected {shard.size} bytes, found"
-                    f" {status.st_size}; let what writes it finish, then run again"
-                )
+            _check_unchanged(descriptor, path, shard)
             yield ShardReader(descriptor, path)
+            # Once more, for what was written while we read.
+            _check_unchanged(descriptor, path, shard)
         finally:
             os.close(descriptor)
+
+
+def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
+    status = os.fstat(descriptor)
+    if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        raise CheckpointError(
+            f"{path}: changed since its header was read: expected {shard.size} bytes, found "
+            f"{status.st_size}; let what writes it finish, then run again"
+        )
 
 
 class ShardReader:

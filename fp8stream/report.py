@@ -121,12 +121,14 @@ def tensor_lines(plan: Plan) -> Iterator[str]:
             tensor.spec.file,
             tensor.reason,
         )
-        yield "\t".join(map(_escape, fields))
+        yield "\t".join(map(escape, fields))
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Control characters as JSON writes them, so that a name is never more than one field."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return re.sub(
+        "[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text
+    )
 
 
 def print_plan(checkpoint: Checkpoint, plan: Plan, stream: TextIO) -> None:
@@ -171,7 +173,7 @@ def _print_patterns(console: "Console", plan: Plan) -> None:
         shape = str(list(first.spec.shape))
         cells = (pattern, f"x{len(tensors)}", shape, first.spec.dtype, action, size)
         reason = _numberless(first.reason)
-        table.add_row(*(Text(_escape(cell)) for cell in (*cells, reason)))
+        table.add_row(*(Text(escape(cell)) for cell in (*cells, reason)))
     console.print()
     console.print(table)
 
@@ -180,14 +182,20 @@ def collapse(tensors: Sequence[TensorPlan]) -> list[tuple[str, list[TensorPlan]]
     """Tensors that differ in layer and expert numbers alone, as `layers.[0-60].mlp...` patterns."""
     groups: dict[tuple[object, ...], list[TensorPlan]] = defaultdict(list)
     for tensor in tensors:
-        name, reason = _numberless(tensor.spec.name), _numberless(tensor.reason)
-        key = (name, tensor.spec.shape, tensor.spec.dtype, tensor.granularity, reason)
+        parts = (None if _is_number(part) else part for part in tensor.spec.name.split("."))
+        reason = _numberless(tensor.reason)
+        spec = tensor.spec
+        key = (*parts, spec.shape, spec.dtype, tensor.granularity, reason)
         groups[key].append(tensor)
     return [(_pattern([t.spec.name for t in group]), group) for group in groups.values()]
 
 
 def _numberless(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+    return re.sub(r"(?<=\.)[0-9]{1,9}(?=\.)", "N", name)
+
+
+def _is_number(part: str) -> bool:
+    return re.fullmatch("[0-9]{1,9}", part) is not None
 
 
 def _pattern(names: Sequence[str]) -> str:
@@ -254,7 +262,7 @@ def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
 
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in rows:
-        table.add_row(Text(label, style="bold"), Text(_escape(value)))
+        table.add_row(Text(label, style="bold"), Text(escape(value)))
     console.print(table)
 
 

@@ -32,25 +32,31 @@ class Role(str, Enum):
 class Classified:
     """A tensor's role, whether the default policy quantizes it, and why.
 
-    `quantizable` tells what `--include` may ask for: a matrix of a linear layer. `fused_set` names
-    the projections that an engine stacks into one weight, `expert_set` all experts of one layer.
+    `linear_like` tells what an engine takes for a linear layer, and must be told of when it is
+    kept; `quantizable` those of them that `--include` may ask for. `fused_set` names the
+    projections that an engine stacks into one weight, `expert_set` all experts of one layer.
     """
 
     role: Role
     quantize: bool
     reason: str
+    linear_like: bool
     quantizable: bool
     fused_set: str | None = None
     expert_set: str | None = None
 
 
 SMALLEST_SIDE = 64
+DEEPEST_NAME = 64
+_LINEAR_LIKE = (Role.LINEAR, Role.EXPERT, Role.ROUTER, Role.LM_HEAD, Role.OTHER)
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 # Names of the modules above the repeated layers of a language model: towers have others.
 _LANGUAGE_MODEL = {"model", "transformer", "language_model", "backbone", "gpt_neox"}
-_STACK = re.compile(r"^(?P<above>(?:[A-Za-z_]\w*\.)*?)(?:layers|h|blocks)\.(?P<number>\d+)\.")
-_EXPERT = re.compile(r"^(?P<set>.*\.experts)\.\d+\.")
+_STACK = re.compile(
+    r"^(?P<above>(?:[A-Za-z_]\w*\.)*?)(?:layers|h|blocks)\.(?P<number>[0-9]{1,9})\."
+)
+_EXPERT = re.compile(r"^(?P<set>.*\.experts)\.[0-9]+\.")
 
 _PROJECTIONS = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value"),
@@ -115,9 +121,16 @@ def _classify(
 ) -> Classified:
     role, reason = _role(tensor, layers)
     matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    linear_like = role in (Role.LINEAR, Role.EXPERT, Role.ROUTER, Role.LM_HEAD, Role.OTHER)
-    quantizable = matrix and linear_like and tensor.dtype in SOURCE_DTYPES and tensor.numel > 0
+    linear_like = matrix and role in _LINEAR_LIKE
+    quantizable = (
+        linear_like
+        and tensor.dtype in SOURCE_DTYPES
+        and tensor.numel > 0
+        and tensor.name.count(".") < DEEPEST_NAME
+    )
     recognised = role in (Role.LINEAR, Role.EXPERT) and not reason
+    if recognised and tensor.name.count(".") >= DEEPEST_NAME:
+        recognised, reason = False, "nested too deep to be a layer of a model"
     if recognised and config.get("is_encoder_decoder"):
         recognised, reason = False, "encoder-decoder models are not recognised"
     if recognised and tensor.dtype not in SOURCE_DTYPES:
@@ -131,8 +144,9 @@ def _classify(
         role,
         recognised,
         reason,
+        linear_like,
         quantizable,
-        _fused_set(tensor, modules) if quantizable else None,
+        _fused_set(tensor, modules) if linear_like else None,
         expert["set"] if expert and role is Role.EXPERT else None,
     )
 

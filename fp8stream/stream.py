@@ -9,7 +9,7 @@ the other workers' arithmetic; on a CPU the same code runs without the copies.
 import ctypes
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -40,7 +40,7 @@ class LayerDone:
 
 def stream_layers(
     checkpoint: Checkpoint, plan: Plan, writer: CheckpointWriter, device: torch.device
-) -> Iterator[LayerDone]:
+) -> Generator[LayerDone, None, None]:
     """Converts every layer of `plan`, and yields an event as each is done, in no fixed order.
 
     The caller commits the writer when the iteration ends. Raises the first error of any worker;
@@ -55,6 +55,8 @@ def stream_layers(
 
     def work() -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # or pinned memory would belong to the first one
             worker = Worker(plan.workspace, device, reader, writer, stop)
             while not stop.is_set():
                 try:
@@ -74,13 +76,15 @@ def stream_layers(
         threading.Thread(target=work, name=f"fp8stream-{number}", daemon=True)
         for number in range(plan.workspace.workers)
     ]
+    started: list[threading.Thread] = []
     try:
         for thread in threads:
             thread.start()
+            started.append(thread)
         yield from _until_done(events, len(threads))
     finally:
         stop.set()
-        for thread in threads:
+        for thread in started:
             thread.join()
 
 
@@ -134,9 +138,9 @@ class Worker:
         with self._reader.open(spec.file) as shard:
             while done < spec.nbytes:
                 self._check_stop()
-                done += self._writer.copy(
-                    spec.name, done, shard, spec.offset + done, self._buffers.source_bytes
-                )
+                left = spec.nbytes - done
+                place, buffer = spec.offset + done, self._buffers.source_bytes
+                done += self._writer.copy(spec.name, done, left, shard, place, buffer)
 
     def _quantize(self, plan: LayerPlan) -> None:
         """Materializes, quantizes, writes and releases the layer's weights, slab by slab."""
@@ -302,6 +306,8 @@ def device_peak(device: torch.device) -> tuple[int, int]:
 
 def warm_up(device: torch.device) -> None:
     """Runs every kernel once, so that what they load counts as start-up and not as the run's."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     for dtype in TORCH_DTYPES.values():
         weight = torch.zeros((1, 1), dtype=dtype, device=device)
         for granularity in Granularity:

@@ -1,6 +1,7 @@
 """The Linux calls that Python's `os` lacks, each with what stands in where they are missing."""
 
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -9,16 +10,26 @@ _AT_FDCWD = -100
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Swaps two directories in one step, or in three where the file system has no such call."""
+    """Swaps two directories in one step, or in three where the file system has no such call.
+
+    Raises OSError; both are then where they were.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     renameat2 = getattr(libc, "renameat2", None)
     if renameat2 is not None:
         first, second = os.fsencode(one), os.fsencode(other)
         if renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
             return
+        code = ctypes.get_errno()
+        if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            raise OSError(code, os.strerror(code), str(other))
     aside = one.with_name(one.name + ".old")
     other.rename(aside)
-    one.rename(other)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
     aside.rename(one)
 
 
@@ -34,12 +45,17 @@ def sync_directory(path: Path) -> None:
 def reserve(descriptor: int, path: Path, size: int) -> None:
     """Gives a new file its size, and the disk's promise of it where that costs nothing.
 
-    A RAM disk would zero the memory, only for it to be written again. Raises OSError.
+    A RAM disk would zero the memory, only for it to be written again, and a file system without the
+    call would have glibc write to every page. Raises OSError.
     """
-    if _is_memory_backed(path):
-        os.ftruncate(descriptor, size)
-    else:
-        os.posix_fallocate(descriptor, 0, size)
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if fallocate is not None and size and not _is_memory_backed(path):
+        length = ctypes.c_int64(size)
+        if fallocate(descriptor, 0, ctypes.c_int64(0), length) == 0:
+            return
+        if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    os.ftruncate(descriptor, size)
 
 
 def _is_memory_backed(path: Path) -> bool:

@@ -7,12 +7,10 @@ when every planned byte of it was written exactly once; config.json is the last 
 import errno
 import json
 import os
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import safe_open
 
@@ -22,23 +20,24 @@ from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.layout import INDEX_NAME, OutputFile, index_bytes
 from fp8stream.output import OutputDirectory
 from fp8stream.reader import ShardReader
-from fp8stream.system import reserve
+from fp8stream.system import reserve, sync_directory
 
 
 class _OpenFile:
     """A planned file that is being filled."""
 
     def __init__(self, path: Path, plan: OutputFile) -> None:
-        self.path = path
         self.plan = plan
         self.remaining = sum(tensor.nbytes for tensor in plan.tensors)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self.descriptor = os.open(path, flags, 0o666)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._written = {tensor.name: Coverage(tensor.nbytes) for tensor in plan.tensors}
+
+    def claim(self, name: str, start: int, stop: int) -> None:
+        """Notes that bytes of tensor `name` are being written. Raises OutputError if they were."""
         try:
-            reserve(self.descriptor, path, plan.size)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+            self._written[name].add(start, stop)
+        except ValueError as error:
+            raise OutputError(f"{self.plan.name}: tensor {name!r}: bytes {error}") from None
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:
@@ -72,24 +71,26 @@ class CheckpointWriter:
             for file in files
             for tensor, offset in zip(file.tensors, file.offsets, strict=True)
         }
-        self._written = {t.name: Coverage(t.nbytes) for file in files for t in file.tensors}
         self._open: dict[str, _OpenFile] = {}
+        self._sealed: set[str] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "CheckpointWriter":
         self._directory.__enter__()
+        try:
+            with self._directory.failing():
+                for file in self._files:
+                    self._create(file)
+        except BaseException as error:
+            self._directory.__exit__(error)
+            raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._open.values():
             os.close(file.descriptor)
         self._open.clear()
-        self._directory.__exit__(kind, error, trace)
+        self._directory.__exit__(*error)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Writes `data` at byte `offset` of planned tensor `name`.
@@ -101,12 +102,20 @@ class CheckpointWriter:
             file.write(data, at)
             self._finish(file, len(data))
 
-    def copy(self, name: str, offset: int, source: ShardReader, at: int, buffer: memoryview) -> int:
-        """Copies up to a chunk of tensor `name` from byte `at` of `source`: how many bytes.
+    def copy(
+        self,
+        name: str,
+        offset: int,
+        length: int,
+        source: ShardReader,
+        at: int,
+        buffer: memoryview,
+    ) -> int:
+        """Copies up to `length` bytes of tensor `name` from byte `at` of `source`: how many it did.
 
         The kernel does it where it can; else it goes through `buffer`.
         """
-        length = min(_COPY_CHUNK, self._written[name].size - offset)
+        length = min(_COPY_CHUNK, length)
         with self._directory.failing():
             file, target = self._claim(name, offset, length)
             done = _copy_range(source, at, file, target, length)
@@ -118,17 +127,29 @@ class CheckpointWriter:
             self._finish(file, length)
         return length
 
+    def _create(self, plan: OutputFile) -> None:
+        """The file in its full size, so that a disk that is too small shows before any work."""
+        path = self._directory.work / plan.name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            reserve(descriptor, path, plan.size)
+        finally:
+            os.close(descriptor)
+        if not any(tensor.nbytes for tensor in plan.tensors):
+            self._sealed.add(plan.name)
+            _OpenFile(path, plan).seal()
+
     def _claim(self, name: str, offset: int, length: int) -> tuple[_OpenFile, int]:
         """The file of tensor `name` and the position in it, for bytes that nobody wrote yet."""
         plan, begin = self._places[name]
         with self._lock:
-            try:
-                self._written[name].add(offset, offset + length)
-            except ValueError as error:
-                raise OutputError(f"{plan.name}: tensor {name!r}: bytes {error}") from None
+            if plan.name in self._sealed:
+                raise OutputError(f"{plan.name}: tensor {name!r}: bytes came before")
             if plan.name not in self._open:
                 self._open[plan.name] = _OpenFile(self._directory.work / plan.name, plan)
-            return self._open[plan.name], begin + offset
+            file = self._open[plan.name]
+            file.claim(name, offset, offset + length)
+            return file, begin + offset
 
     def _finish(self, file: _OpenFile, length: int) -> None:
         """Counts what was written; whoever writes the last byte of a file seals it."""
@@ -137,49 +158,63 @@ class CheckpointWriter:
             if file.remaining:
                 return
             del self._open[file.plan.name]
+            self._sealed.add(file.plan.name)
         file.seal()
 
-    def commit(self, checkpoint: Checkpoint, config: Mapping[str, Any]) -> None:
-        """Checks that all is there, adds the side files, the index and config.json, and publishes.
+    def copy_side_files(self, checkpoint: Checkpoint) -> None:
+        """Everything beside the weights, as bytes. Raises CheckpointError or OutputError."""
+        for side in checkpoint.side_files:
+            source = checkpoint.directory / side.name
+            try:
+                data = source.open("rb")
+            except OSError as error:
+                raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+            with data, self._directory.failing():
+                self._copy_side_file(data, source, self._directory.work / side.name)
+
+    def _copy_side_file(self, data: BinaryIO, source: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as copy:
+            while True:
+                try:
+                    chunk = data.read(_SIDE_CHUNK)
+                except OSError as error:
+                    raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
+                if not chunk:
+                    break
+                copy.write(chunk)
+            copy.flush()
+            os.fsync(copy.fileno())
+        sync_directory(target.parent)
+
+    def commit(self, config: Mapping[str, Any]) -> None:
+        """Checks that all is there, adds the index and config.json, and publishes.
 
         Raises OutputError; the output then does not exist, or is what it was.
         """
         with self._directory.failing():
-            self._check_complete()
-            self._copy_side_files(checkpoint)
+            for plan in self._files:
+                self._check_whole(plan)
             if len(self._files) > 1:
                 _write_file(self._directory.work / INDEX_NAME, index_bytes(self._files))
             text = json.dumps(config, indent=2) + "\n"
             _write_file(self._directory.work / "config.json", text.encode())
             self._directory.publish()
 
-    def _check_complete(self) -> None:
-        """Every planned byte written, and every file one that the reference parser reads."""
-        for plan in self._files:
-            for tensor in plan.tensors:
-                gap = self._written[tensor.name].gap()
-                if gap:
-                    raise OutputError(
-                        f"{plan.name}: tensor {tensor.name!r}: bytes [{gap[0]}, {gap[1]}) missing"
-                    )
-            path = self._directory.work / plan.name
-            if not path.exists():  # nothing but empty tensors, so nobody wrote a byte of it
-                _OpenFile(path, plan).seal()
-            with safe_open(path, framework="pt") as opened:
-                if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
-                    raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
-
-    def _copy_side_files(self, checkpoint: Checkpoint) -> None:
-        for side in checkpoint.side_files:
-            target = self._directory.work / side.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source = checkpoint.directory / side.name
-            try:
-                shutil.copyfile(source, target)
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{source}: vanished while the run was going on") from error
+    def _check_whole(self, plan: OutputFile) -> None:
+        """Every planned byte written, and a file that the reference parser reads."""
+        if plan.name not in self._sealed:
+            raise OutputError(f"{plan.name}: tensors are missing: not every planned byte came")
+        with (
+            (self._directory.work / plan.name).open("rb") as stream,
+            # By descriptor: the reference library takes no path that is not UTF-8.
+            safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened,
+        ):
+            if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
+                raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
 
 
+_SIDE_CHUNK = 1 << 20
 _COPY_CHUNK = 64 << 20
 
 
@@ -192,7 +227,7 @@ def _copy_range(source: ShardReader, at: int, file: _OpenFile, target: int, leng
                 source.descriptor, file.descriptor, length - done, at + done, target + done
             )
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             return done
         if not count:

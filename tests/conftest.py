@@ -75,7 +75,7 @@ def write_checkpoint(
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config or _config(tensors), indent=2))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     order = order or range(shards)
     for number, file in enumerate(order):
         name = f"model-{file + 1:05d}-of-{shards:05d}.safetensors"

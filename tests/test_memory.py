@@ -53,13 +53,18 @@ def test_sizes_for_the_eye() -> None:
 
 
 demands = st.builds(
-    lambda rows, columns, itemsize, multiple: SlabDemand(
-        min(rows, multiple) * columns * itemsize, rows * columns * itemsize, columns, itemsize
+    lambda rows, columns, itemsize, multiple, layers: SlabDemand(
+        min(rows, multiple) * columns * itemsize,
+        rows * columns * itemsize,
+        columns,
+        itemsize,
+        layers,
     ),
     st.integers(1, 20_000),
     st.integers(1, 60_000),
     st.sampled_from([2, 4]),
     st.sampled_from([1, 128]),
+    st.integers(1, 100),
 )
 
 
@@ -75,7 +80,8 @@ def test_a_workspace_is_within_the_budget_or_refused_with_the_least_that_works(
         workspace = plan_workspace(demand, least, threads, on_gpu)
         budget = least
     assert workspace.total_bytes <= budget
-    assert 1 <= workspace.workers <= threads
+    assert 1 <= workspace.workers <= max(threads, 2 if on_gpu else 1)
+    assert workspace.workers <= demand.layers
     assert demand.row_bytes <= workspace.slab_bytes <= max(demand.row_bytes, 16 * MIB)
     assert workspace.codes_bytes == workspace.slab_bytes // demand.itemsize
     assert workspace.scratch_elements >= demand.row_elements
@@ -83,7 +89,7 @@ def test_a_workspace_is_within_the_budget_or_refused_with_the_least_that_works(
 
 
 def test_a_larger_budget_never_gives_less() -> None:
-    demand = SlabDemand(4 * MIB, 200 * MIB, 16384, 2)
+    demand = SlabDemand(4 * MIB, 200 * MIB, 16384, 2, 100)
     sizes = [plan_workspace(demand, n * MIB, 4, False) for n in (16, 32, 64, 128, 256, 1024)]
     assert [s.workers for s in sizes] == sorted(s.workers for s in sizes)
 

@@ -1,6 +1,7 @@
 """The plan: names, shapes and integers in, every decision out."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fp8stream.policy import Patterns
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
 
 RESOURCES = Resources(1 << 30, 2, 5 * 10**9)
-Shapes = dict[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def checkpoint(shapes: Shapes, dtype: str = "BF16", **config: Any) -> Checkpoint:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import CheckpointError, OutputError, WeightError
 from fp8stream.memory import MIB, PeakMeter, Workspace
+from fp8stream.output import MARKER
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.reader import ShardReader
@@ -64,8 +65,9 @@ def convert(
     resources = Resources(budget, threads, max_shard_size)
     plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
     with CheckpointWriter(output, plan.files) as writer:
+        writer.copy_side_files(checkpoint)
         list(stream_layers(checkpoint, plan, writer, CPU))
-        writer.commit(checkpoint, plan.config)
+        writer.commit(plan.config)
     return plan
 
 
@@ -259,10 +261,10 @@ def test_closing_early_stops_the_workers_and_leaves_nothing(tmp_path: Path) -> N
         events = stream_layers(checkpoint, plan, writer, CPU)
         next(events)
         assert isinstance(events, Iterator)
-        events.close()  # type: ignore[attr-defined]
+        events.close()
         assert not [t for t in threading.enumerate() if t.name.startswith("fp8stream-")]
         with pytest.raises(OutputError, match="missing"):
-            writer.commit(checkpoint, plan.config)
+            writer.commit(plan.config)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -347,6 +349,7 @@ def test_what_a_dead_run_left_is_taken_over(tmp_path: Path, llama: Path) -> None
     left = tmp_path / "out.fp8stream-partial"
     (left / "subdirectory").mkdir(parents=True)
     (left / "subdirectory" / "file").write_text("left")
+    (left / MARKER).touch()
     convert(llama, tmp_path / "out", Scheme())
     assert not left.exists()
     assert not (tmp_path / "out" / "subdirectory").exists()
@@ -360,7 +363,7 @@ def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, l
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "somebody else's").write_text("")
         with pytest.raises(OutputError, match="move it where you want it"):
-            writer.commit(checkpoint, plan.config)
+            writer.commit(plan.config)
     assert (tmp_path / "out.fp8stream-partial" / "config.json").exists()
 
 
@@ -377,7 +380,7 @@ def test_a_gpu_gives_the_same_bytes(tmp_path: Path, scheme: Scheme) -> None:
         torch.cuda.reset_peak_memory_stats()
         with CheckpointWriter(output, plan.files) as writer:
             list(stream_layers(checkpoint, plan, writer, torch.device("cuda", 0)))
-            writer.commit(checkpoint, plan.config)
+            writer.commit(plan.config)
         assert_same(load(output), expected(tensors, scheme))
         assert torch.cuda.max_memory_allocated() <= plan.workspace.device_bytes + 8 * MIB
 
