@@ -13,6 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class TensorSpec:
         """Bytes an element (the sub-byte dtypes round up)."""
         return -(-DTYPE_BITS[self.dtype] // 8)
 
-    @property
+    @cached_property
     def module(self) -> str:
         """The fqn of the module that owns this tensor."""
         return self.name.rpartition(".")[0]

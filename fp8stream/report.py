@@ -3,10 +3,13 @@
 The JSON keys are a promise: measurements read them. Nothing here decides anything.
 """
 
+import io
 import json
 import re
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -133,10 +136,10 @@ def escape(text: str) -> str:
 
 def print_plan(checkpoint: Checkpoint, plan: Plan, stream: TextIO) -> None:
     """What the checkpoint holds, what would happen to it and why, and the forecast."""
-    console = _console(stream)
-    _print_source(console, checkpoint)
-    _print_patterns(console, plan)
-    _print_forecast(console, plan)
+    with _console(stream) as console:
+        _print_source(console, checkpoint)
+        _print_patterns(console, plan)
+        _print_forecast(console, plan)
 
 
 def _print_source(console: "Console", checkpoint: Checkpoint) -> None:
@@ -253,7 +256,8 @@ def print_result(plan: Plan, result: Result, stream: TextIO) -> None:
         allocated, reserved = map(format_size, result.device_peak)
         planned = format_size(plan.workspace.device_bytes)
         rows.append(("  device", f"{allocated} allocated, {reserved} reserved, planned {planned}"))
-    _print_rows(_console(stream), rows)
+    with _console(stream) as console:
+        _print_rows(console, rows)
 
 
 def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
@@ -266,10 +270,17 @@ def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:
     console.print(table)
 
 
-def _console(stream: TextIO) -> "Console":
+@contextmanager
+def _console(stream: TextIO) -> Iterator["Console"]:
+    """Renders for `stream` and writes at the end, so that a closed pipe is an error like others."""
     from rich.console import Console
 
-    return Console(file=stream, width=None if stream.isatty() else PIPED_WIDTH)
+    terminal = stream.isatty()
+    width = shutil.get_terminal_size().columns if terminal else PIPED_WIDTH
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
+    yield console
+    stream.write(console.file.getvalue())  # type: ignore[attr-defined]
+    stream.flush()
 
 
 def dump(document: dict[str, Any], pretty: bool) -> str:

@@ -30,14 +30,21 @@ class _OpenFile:
         self.plan = plan
         self.remaining = sum(tensor.nbytes for tensor in plan.tensors)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._written = {tensor.name: Coverage(tensor.nbytes) for tensor in plan.tensors}
+        self._sizes = {tensor.name: tensor.nbytes for tensor in plan.tensors}
+        self._partial: dict[str, Coverage] = {}
 
     def claim(self, name: str, start: int, stop: int) -> None:
         """Notes that bytes of tensor `name` are being written. Raises OutputError if they were."""
+        if name not in self._sizes:
+            raise OutputError(f"{self.plan.name}: tensor {name!r}: all bytes came before")
+        coverage = self._partial.setdefault(name, Coverage(self._sizes[name]))
         try:
-            self._written[name].add(start, stop)
+            coverage.add(start, stop)
         except ValueError as error:
             raise OutputError(f"{self.plan.name}: tensor {name!r}: bytes {error}") from None
+        if coverage.gap() is None:
+            # Most tensors come whole, and there may be very many: only open ones are remembered.
+            del self._sizes[name], self._partial[name]
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:

@@ -299,3 +299,79 @@ def test_what_we_did_not_foresee_is_one_line_too(
 
 def test_the_version(run: Runner) -> None:
     assert run("--version").out.startswith("fp8stream, version ")
+
+
+def test_a_closed_stderr_pipe_is_no_success_without_an_output(llama: Path) -> None:
+    """What nobody reads on stderr must neither stop a run nor pass for a reader of stdout."""
+    (llama / "pytorch_model.bin").write_text("")  # so that there is a warning to print
+    shell("{ fp8stream quantize llama o -q; echo $? >code; } 2> >(true)", llama.parent)
+    while not (llama.parent / "code").exists():
+        time.sleep(0.05)
+    assert (llama.parent / "code").read_text() == "0\n"
+    assert (llama.parent / "o" / "config.json").exists()
+
+
+def test_stdout_on_a_full_disk_is_an_error_that_says_so(llama: Path) -> None:
+    done = shell("fp8stream inspect llama --json >/dev/full", llama.parent)
+    assert done.returncode == 1
+    assert "standard output" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_patterns_from_a_file_hold_on_every_device(
+    run: Runner, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("fp8stream.stream.find_device", lambda name: torch.device("cuda", 0))
+    listed = tmp_path / "patterns"
+    listed.write_text("model.layers.0.mlp.down_proj\n\n")
+    done = run("quantize", llama, tmp_path / "o", "--dry-run", "--json", "--ignore-from", listed)
+    assert json.loads(done.out)["plan"]["layers_quantized"] == 13
+
+
+def test_a_snapshot_whose_files_are_links_is_not_overwritten(
+    run: Runner, llama: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in llama.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    before = {file.name: file.read_bytes() for file in llama.iterdir()}
+    done = run("quantize", snapshot, llama, "--overwrite")
+    assert done.code == 1
+    assert "OUTPUT contains SOURCE" in done.err
+    assert {file.name: file.read_bytes() for file in llama.iterdir()} == before
+
+
+def test_the_current_directory_is_not_replaced(
+    run: Runner, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for output in (".", "", here, tmp_path):
+        assert run("quantize", llama, output, "--overwrite").code == 1
+    assert os.getcwd() == str(here)
+
+
+def test_a_dry_run_tells_what_would_be_refused(run: Runner, llama: Path) -> None:
+    done = run("quantize", llama, llama, "--dry-run")
+    assert done.code == 0
+    assert "warning: " in done.err
+    assert "SOURCE itself" in done.err
+
+
+def test_many_signals_still_leave_nothing(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", llama_tensors(layers=40))
+    command = [*COMMAND, "quantize", str(source), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("out.fp8stream-partial/*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    code = process.wait(timeout=30)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert code in (129, 130, 143, 0)
+    assert left in (["in"], ["in", "out"])

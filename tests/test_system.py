@@ -1,0 +1,68 @@
+"""The calls that Python lacks, and what stands in for them."""
+
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from fp8stream import system
+
+
+class NoCalls:
+    """A C library without the calls that we look for."""
+
+
+@pytest.fixture(params=["the system's", "no renameat2"])
+def directories(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Path]:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if request.param == "no renameat2":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+    return tmp_path / "one", tmp_path / "other"
+
+
+def test_exchange_swaps(directories: tuple[Path, Path]) -> None:
+    one, other = directories
+    system.exchange(one, other)
+    assert os.listdir(one) == ["other"]
+    assert os.listdir(other) == ["one"]
+    assert len(os.listdir(one.parent)) == 2
+
+
+def test_an_exchange_that_fails_leaves_both_where_they_were(
+    directories: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = directories
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self == one:
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+    with pytest.raises(OSError, match="Permission denied"):
+        system.exchange(one, other)
+    assert os.listdir(one) == ["one"]
+    assert os.listdir(other) == ["other"]
+
+
+def test_reserved_files_have_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("reserved", "truncated"):
+        with (tmp_path / name).open("wb") as stream:
+            system.reserve(stream.fileno(), tmp_path / name, 10_000)
+        assert (tmp_path / name).read_bytes() == bytes(10_000)
+        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+
+
+def test_a_disk_that_is_too_small_says_so_when_space_is_reserved(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with path.open("wb") as stream, pytest.raises(OSError, match=r"\[Errno") as caught:
+        system.reserve(stream.fileno(), path, 1 << 60)
+    assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
