@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,21 @@ def test_the_config_declares_exactly_what_is_quantized(
             expected = tensor.action == "quantize"
             found = declared(planned.config["quantization_config"], tensor.spec.module)
             assert found == expected, tensor.spec.name
+
+
+@pytest.mark.parametrize("format_", list(OutputFormat))
+def test_a_fused_set_with_a_member_that_cannot_be_quantized_is_kept_and_ignored(
+    format_: OutputFormat,
+) -> None:
+    whole = checkpoint(DENSE)
+    odd = AT + "self_attn.k_proj.weight"
+    specs = [replace(t, dtype="F64") if t.name == odd else t for t in whole.tensors]
+    mixed = replace(whole, shards=(replace(whole.shards[0], tensors=tuple(specs)),))
+    scheme = Scheme(Granularity.BLOCK, format_)
+    planned = plan_quantization(mixed, scheme, Patterns(), RESOURCES)
+    for leaf in "qkv":
+        assert by_name(planned)[f"{AT}self_attn.{leaf}_proj.weight"].action == "keep"
+        assert not declared(planned.config["quantization_config"], f"{AT}self_attn.{leaf}_proj")
 
 
 @pytest.mark.parametrize("format_", list(OutputFormat))

@@ -309,6 +309,24 @@ def test_a_source_that_changes_under_the_run_is_refused(tmp_path: Path, llama: P
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_source_that_changes_during_its_last_read_is_refused(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_into = ShardReader.read_into
+
+    def touch(self: ShardReader, buffer: memoryview, offset: int, name: str) -> None:
+        read_into(self, buffer, offset, name)
+        if name == "model.layers.1.self_attn.v_proj.weight":
+            with self.path.open("r+b") as shard:
+                shard.seek(-1, 2)
+                shard.write(b"!")
+
+    monkeypatch.setattr(ShardReader, "read_into", touch)
+    with pytest.raises(CheckpointError, match="changed since its header was read"):
+        convert(llama, tmp_path / "out", Scheme())
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_bytes_written_twice_are_refused(tmp_path: Path, llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
