@@ -373,11 +373,8 @@ def _stdout() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still buffered must not fail a second time, when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise _ReaderLeft from None
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
@@ -499,12 +496,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     _listen()
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Or Python fails at it once more when it exits, with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     # A plan is many small objects and no garbage: looking for it took half the time of inspect.
     gc.set_threshold(200_000, 50, 100)
     try:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
-        given = list(sys.argv[1:] if arguments is None else arguments)
-        with cli.make_context("fp8stream", given) as context:
+        with cli.make_context("fp8stream", arguments) as context:
             cli.invoke(context)
     except (_ReaderLeft, click.exceptions.Exit) as done:
         return done.exit_code if isinstance(done, click.exceptions.Exit) else 0
