@@ -277,9 +277,9 @@ def _console(stream: TextIO) -> Iterator["Console"]:
 
     terminal = stream.isatty()
     width = shutil.get_terminal_size().columns if terminal else PIPED_WIDTH
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
-    yield console
-    stream.write(console.file.getvalue())  # type: ignore[attr-defined]
+    text = io.StringIO()
+    yield Console(file=text, force_terminal=terminal, width=width)
+    stream.writelines(f"{line.rstrip()}\n" for line in text.getvalue().splitlines())
     stream.flush()
 
 

@@ -1,6 +1,9 @@
 """Quantize everything at once: whole tensors, eager torch, none of fp8stream's own arithmetic."""
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 
 from fp8stream.scheme import Granularity
 
@@ -41,6 +44,23 @@ def expand(scale: torch.Tensor, shape: torch.Size, granularity: Granularity) -> 
     rows = torch.arange(shape[0]) // BLOCK
     columns = torch.arange(shape[1]) // BLOCK
     return scale[rows][:, columns]
+
+
+def compressed_tensors(
+    weight: torch.Tensor, granularity: Granularity
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of `weight` by compressed-tensors' own code."""
+    args = QuantizationArgs(
+        num_bits=8,
+        type="float",
+        symmetric=True,
+        strategy=granularity.value,
+        block_structure=[BLOCK, BLOCK] if granularity is Granularity.BLOCK else None,
+    )
+    amax = amax_of([weight], granularity)
+    scale, zero_point = calculate_qparams(-amax, amax, args)
+    codes = ct_quantize(weight, scale, zero_point, args, dtype=torch.float8_e4m3fn)
+    return codes, scale.reshape(granularity.scale_shape(weight.shape))
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

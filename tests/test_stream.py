@@ -122,6 +122,27 @@ def test_every_source_dtype(tmp_path: Path, scheme: Scheme, dtype: torch.dtype) 
     assert_same(load(tmp_path / "out"), expected(tensors, scheme))
 
 
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_a_float32_source_gives_what_compressed_tensors_gives(
+    tmp_path: Path, granularity: Granularity
+) -> None:
+    """It divides in the source's dtype, so float32 is where both must agree."""
+    tensors = llama_tensors(hidden=300, inter=500, dtype=torch.float32)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    convert(source, tmp_path / "out", Scheme(granularity), budget=2 * MIB)
+    found = load(tmp_path / "out")
+    compared = 0
+    for name, weight in tensors.items():
+        alone = name.endswith(("o_proj.weight", "down_proj.weight"))
+        if "_proj" not in name or (granularity is Granularity.TENSOR and not alone):
+            continue
+        codes, scale = oracle.compressed_tensors(weight, granularity)
+        assert oracle.same(found[name], codes), name
+        assert oracle.same(found[f"{name}_scale"], scale), name
+        compared += 1
+    assert compared == (4 if granularity is Granularity.TENSOR else 14)
+
+
 @schemes
 def test_every_budget_thread_count_and_sharding_gives_the_same_files(
     tmp_path: Path, scheme: Scheme
