@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -65,6 +65,12 @@ def _size(context: click.Context, option: click.Parameter, value: str) -> int:
         raise click.BadParameter(str(error)) from None
 
 
+def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("is empty; was a variable not set?")
+    return value
+
+
 def _device(context: click.Context, option: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
@@ -107,7 +113,7 @@ def _scheme_options(command: F) -> F:
                 "--ignore-from",
                 type=click.File("r", encoding="utf-8"),
                 metavar="FILE",
-                help="Patterns to ignore, one a line; - reads standard input.",
+                help="Patterns to ignore, one a line (# comments); - reads standard input.",
             ),
         ]
     ):
@@ -128,7 +134,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("source")
+@click.argument("source", callback=_not_empty)
 @_scheme_options
 @click.option("--tensors", is_flag=True, help="One tab-separated line a tensor, for grep and awk.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -154,8 +160,8 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("source")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("source", callback=_not_empty)
+@click.argument("output", callback=_not_empty)
 @_scheme_options
 @click.option(
     "--device",
@@ -182,19 +188,21 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 1024),
     metavar="N",
     help="Workers that read, quantize and write.  [default: all cores]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and the reasons; write nothing.")
 @click.option(
-    "--overwrite", is_flag=True, help="Replace an existing OUTPUT once the new one is whole."
+    "--overwrite",
+    is_flag=True,
+    help="Replace an existing checkpoint OUTPUT, and all that is in it, once the new one is whole.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
 @click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
 def quantize(
     source: str,
-    output: Path,
+    output: str,
     device: str,
     memory_budget: int,
     max_shard_size: int,
@@ -222,15 +230,15 @@ def quantize(
     if dry_run:
         _dry_run(checkpoint, _for_device(plan, resources, device)[0], as_json)
         with _complaining():
-            _check(checkpoint, plan, output, overwrite)
+            _check(checkpoint, plan, Path(output), overwrite)
         return
-    target = _check(checkpoint, plan, output, overwrite)
+    target = _check(checkpoint, plan, Path(output), overwrite)
     # From here on torch is needed, which takes longer to load than everything before.
     plan, found = _for_device(plan, resources, device)
     _warn(plan.warnings)
     job = _Job(checkpoint, plan, found, target, overwrite)
     with closing(_progress(plan.bytes_read, no_progress)) as progress:
-        result = job.run(str(output), progress)
+        result = job.run(output, progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
     with _stdout():
@@ -313,8 +321,8 @@ class _Job:
                         read += done.bytes_read
                         progress(done)
                 meter.sample()
-                with _undisturbed():
-                    writer.commit(self.plan.config)
+                _stop_listening()
+                writer.commit(self.plan.config)
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceError(
                 f"--device {self.device}: out of memory; give a smaller --memory-budget, or free "
@@ -340,7 +348,8 @@ def _wishes(
 ) -> tuple[Scheme, Patterns]:
     """What the options that `quantize` and `inspect` share ask for. Reads `--ignore-from`."""
     lines = _lines_of(ignore_from) if ignore_from else ()
-    patterns = Patterns((*ignore, *(line for line in lines if line)), tuple(include))
+    listed = (line for line in lines if line and not line.startswith("#"))
+    patterns = Patterns((*ignore, *listed), tuple(include))
     return Scheme(Granularity(scheme), OutputFormat(output_format)), patterns
 
 
@@ -405,7 +414,12 @@ class _Bar(Progress):
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, dynamic_ncols=True, file=sys.stderr
+            total=total,
+            unit="iB",
+            unit_scale=True,
+            unit_divisor=1024,
+            dynamic_ncols=True,
+            file=sys.stderr,
         )
 
     def __call__(self, done: "LayerDone") -> None:
@@ -480,14 +494,15 @@ def _listen() -> None:
                 signal.signal(number, stop)
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts signals off while the output is put in place."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+def _stop_listening() -> None:
+    """From here on a signal would come too late to stop the run, and only break off its end.
+
+    Not a blocked mask, which holds for one thread: another would take the signal for us.
+    """
+    with suppress(ValueError):
+        for number in _STOPPING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, frame: None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -504,6 +519,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Or Python fails at it once more when it exits, with a code of its own.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
+
+
+def run() -> NoReturn:
+    """The `fp8stream` command.
+
+    Leaves at once: taking torch down takes half a second, in which a signal would still change the
+    exit code of a run that is done.
+    """
+    os._exit(main())
 
 
 def _run(arguments: list[str]) -> int:

@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fp8stream.checkpoint import Checkpoint
@@ -31,6 +31,8 @@ def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: b
     an unwritable place, a disk with less than `needed` bytes free.
     """
     target = Path(os.path.realpath(output))
+    if not target.name:
+        raise OutputError(f"{output}: OUTPUT has no name; give a directory below it")
     try:
         _check_apart(target, checkpoint)
         _check_absent(target, overwrite)
@@ -111,18 +113,26 @@ class OutputDirectory:
         self.output = output
         self.work = work_directory(output)
         self._overwrite = overwrite
+        self._made: list[Path] = []
         self._lock = -1
         self._keep = False
 
     def __enter__(self) -> "OutputDirectory":
         with self.failing():
+            self._made = [parent for parent in self.work.parents if not parent.exists()]
             self.work.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_directory(self.work)
         return self
 
     def __exit__(self, *error: object) -> None:
         if not self._keep:
-            shutil.rmtree(self.work, ignore_errors=True)
+            with suppress(OSError):
+                _empty(self.work)
+                # Last, so that what an interruption leaves is still known as ours.
+                (self.work / MARKER).unlink(missing_ok=True)
+                self.work.rmdir()
+                for parent in self._made:
+                    parent.rmdir()
         os.close(self._lock)
 
     @contextmanager
@@ -141,9 +151,9 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
-        (self.work / MARKER).unlink()
         sync_directory(self.work)
         self._keep = True
+        (self.work / MARKER).unlink()
         try:
             if self._overwrite and self.output.exists():
                 exchange(self.work, self.output)
@@ -176,11 +186,18 @@ def _lock_directory(work: Path) -> int:
         if os.path.lexists(work) and os.path.samestat(os.fstat(descriptor), os.lstat(work)):
             break
         os.close(descriptor)
-    for left in work.iterdir():
-        if left.name != MARKER:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     (work / MARKER).touch()
+    _empty(work)
     return descriptor
+
+
+def _empty(work: Path) -> None:
+    """Removes everything in `work` but the marker."""
+    for left in work.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        elif left.name != MARKER:
+            left.unlink()
 
 
 def _make_work(work: Path) -> None:
@@ -191,6 +208,7 @@ def _make_work(work: Path) -> None:
         ours = work.is_dir() and not work.is_symlink()
         if not ours or not ((work / MARKER).exists() or not os.listdir(work)):
             raise OutputError(
-                f"{work}: in the way: expected nothing, or what an unfinished run left; move or "
-                "remove it, or give another OUTPUT"
+                f"{work}: in the way: expected nothing, or what an unfinished run left; look at it "
+                "(a finished output that could not be put in place is kept there), then move or "
+                "remove it"
             ) from None

@@ -139,7 +139,7 @@ class Plan:
 
     def with_resources(self, resources: Resources) -> "Plan":
         """The same plan with other buffers. Raises BudgetError."""
-        return replace(self, workspace=_workspace(self.tensors, resources))
+        return replace(self, workspace=_plan_workspace(self.tensors, resources))
 
     @property
     def layers_quantized(self) -> int:
@@ -201,13 +201,14 @@ def plan_quantization(
             f"--max-shard-size {format_size(resources.max_shard_size)} is less than the largest "
             f"tensor, which takes a file of {format_size(largest)}"
         )
-    warnings += _coverage_warnings(planned, scheme)
+    if not checkpoint.quantized_as:
+        warnings += _coverage_warnings(planned, scheme)
     return Plan(
         scheme,
         layers,
         files,
         {**checkpoint.config, "quantization_config": _config(planned, decided, scheme, tied)},
-        _workspace(planned, resources),
+        _plan_workspace(planned, resources),
         sum(file.size for file in checkpoint.side_files),
         tuple(warnings),
     )
@@ -272,7 +273,7 @@ def _group(
     return tuple(LayerPlan(name, tuple(members)) for name, members in layers.items())
 
 
-def _workspace(planned: Sequence[TensorPlan], resources: Resources) -> Workspace:
+def _plan_workspace(planned: Sequence[TensorPlan], resources: Resources) -> Workspace:
     demand = _demand(planned)
     return plan_workspace(demand, resources.memory_budget, resources.threads, resources.on_gpu)
 
@@ -338,17 +339,24 @@ def _coverage_warnings(planned: Sequence[TensorPlan], scheme: Scheme) -> Iterato
     elif total[False] > total[True]:
         share = 100 * total[False] / (total[True] + total[False])
         yield f"{share:.0f} % of the source's bytes are kept as they are: see the reasons"
+    quantized = [tensor for tensor in planned if tensor.granularity]
+    for role in (Role.ROUTER, Role.LM_HEAD):
+        found = [tensor.spec.name for tensor in quantized if tensor.role is role]
+        if found:
+            yield f"engines may not load an FP8 {role.value}: {_some(found)}"
     ragged = [
         tensor.spec.name
-        for tensor in planned
-        if tensor.granularity is Granularity.BLOCK
-        and (tensor.spec.shape[1] % BLOCK or tensor.spec.shape[0] % BLOCK)
+        for tensor in quantized
+        if tensor.granularity is Granularity.BLOCK and any(s % BLOCK for s in tensor.spec.shape)
     ]
     if ragged:
-        readers = "transformers reads" if scheme.format is OutputFormat.FP8 else "no engine runs"
+        verb = "misreads" if scheme.format is OutputFormat.FP8 else "cannot run"
         yield (
-            f"{len(ragged)} weights such as {ragged[0]} have a side that is no multiple of {BLOCK}:"
-            f" {readers} block scales on them"
-            + (" wrongly" if scheme.format is OutputFormat.FP8 else "")
-            + "; use --scheme channel"
+            f"a side is no multiple of {BLOCK}: {_some(ragged)}; transformers {verb} block scales "
+            "there, and vLLM refuses them in a fused set: --scheme channel with --format "
+            "compressed-tensors has no such limit"
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

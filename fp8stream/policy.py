@@ -79,6 +79,8 @@ class Names:
 
     def match(self, pattern: str) -> Sequence[str]:
         """The tensors that `pattern` matches. Raises SchemeError when there is none."""
+        if not pattern:
+            raise SchemeError("an empty pattern matches nothing; was a variable not set?")
         if pattern.startswith("re:"):
             names = self._match(self._regex(pattern))
         elif pattern in self._exact:

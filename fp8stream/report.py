@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.memory import MemoryUsage, format_size
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 # Wide enough that nothing a person greps for is cut where there is no terminal to ask.
 PIPED_WIDTH = 240
+# Below this the table would break names apart.
+NARROW = 130
 
 
 @dataclass(frozen=True)
@@ -160,25 +162,47 @@ def _print_source(console: "Console", checkpoint: Checkpoint) -> None:
 
 
 def _print_patterns(console: "Console", plan: Plan) -> None:
+    rows = [_pattern_row(pattern, tensors) for pattern, tensors in collapse(plan.tensors)]
+    console.print()
+    if console.width < NARROW:
+        _print_narrow(console, rows)
+    else:
+        _print_wide(console, rows)
+
+
+def _pattern_row(pattern: str, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    first = tensors[0]
+    return (
+        escape(pattern),
+        f"x{len(tensors)}",
+        str(list(first.spec.shape)),
+        first.spec.dtype,
+        f"FP8 {first.granularity.value}" if first.granularity else "keep",
+        format_size(sum(tensor.spec.nbytes for tensor in tensors)),
+        escape(_numberless(first.reason)),
+    )
+
+
+def _print_wide(console: "Console", rows: Sequence[tuple[str, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
-    for header, justify in (
-        *(("tensors", "left"), ("count", "right"), ("shape", "left"), ("dtype", "left")),
-        *(("action", "left"), ("bytes", "right"), ("reason", "left")),
-    ):
-        table.add_column(header, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for pattern, tensors in collapse(plan.tensors):
-        first = tensors[0]
-        action = f"FP8 {first.granularity.value}" if first.granularity else "keep"
-        size = format_size(sum(tensor.spec.nbytes for tensor in tensors))
-        shape = str(list(first.spec.shape))
-        cells = (pattern, f"x{len(tensors)}", shape, first.spec.dtype, action, size)
-        reason = _numberless(first.reason)
-        table.add_row(*(Text(escape(cell)) for cell in (*cells, reason)))
-    console.print()
+    for header in ("tensors", "count", "shape", "dtype", "action", "bytes", "reason"):
+        justify: Literal["left", "right"] = "right" if header in ("count", "bytes") else "left"
+        table.add_column(header, justify=justify, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
     console.print(table)
+
+
+def _print_narrow(console: "Console", rows: Sequence[tuple[str, ...]]) -> None:
+    """A line for the names, which are the widest, and an indented one for the rest."""
+    from rich.text import Text
+
+    for pattern, count, shape, dtype, action, size, reason in rows:
+        console.print(Text(pattern, style="bold"))
+        console.print(Text(f"    {count} {shape} {dtype} {size} -> {action}: {reason}"))
 
 
 def collapse(tensors: Sequence[TensorPlan]) -> list[tuple[str, list[TensorPlan]]]:

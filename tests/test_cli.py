@@ -199,7 +199,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
     seen = os.read(master, 100_000).decode()
     os.close(master)
     assert "%|" in seen
-    assert "B/s" in seen
+    assert "iB/s" in seen
     monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
     lines = run("quantize", llama, tmp_path / "two").err.splitlines()
     assert any("/s, " in line and "left, model.layers.1" in line for line in lines)
@@ -269,6 +269,8 @@ def test_shards_stay_under_the_size_and_the_index_counts_them(run: Runner, tmp_p
         ("quantize", "a", "b", "--device", "tpu"),
         ("quantize", "a", "b", "--ignore-from", "no such file"),
         ("inspect", "a", "--json", "--tensors"),
+        ("inspect", ""),
+        ("quantize", "a", ""),
         ("frobnicate",),
     ],
 )
@@ -350,7 +352,7 @@ def test_the_current_directory_is_not_replaced(
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    for output in (".", "", here, tmp_path):
+    for output in (".", here, tmp_path, "/"):
         assert run("quantize", llama, output, "--overwrite").code == 1
     assert os.getcwd() == str(here)
 
@@ -360,6 +362,48 @@ def test_a_dry_run_tells_what_would_be_refused(run: Runner, llama: Path) -> None
     assert done.code == 0
     assert "warning: " in done.err
     assert "SOURCE itself" in done.err
+
+
+@pytest.mark.parametrize("where", ["sync_directory", "exchange"])
+def test_a_signal_while_the_output_is_put_in_place_comes_too_late(
+    tmp_path: Path, llama: Path, where: str
+) -> None:
+    output = tmp_path / "out"
+    late = (
+        "import os, signal, sys, time; from fp8stream import cli, output\n"
+        f"call = output.{where}\n"
+        "def signalled(*paths):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1); call(*paths)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
+        f"output.{where} = signalled; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", late, "quantize", str(llama), str(output), "--overwrite"]
+    subprocess.run([*COMMAND, *command[3:]], check=True, capture_output=True)
+    (output / "old").touch()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert not (output / "old").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_parents_that_were_made_for_an_output_that_failed_are_removed(
+    run: Runner, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fp8stream.writer._write_file", fail)
+    done = run("quantize", llama, tmp_path / "a" / "b" / "out")
+    assert (done.code, "disk is full" in done.err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+
+
+def test_a_narrow_terminal_breaks_no_name(
+    run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8stream.report.PIPED_WIDTH", 80)
+    lines = run("inspect", llama).out.splitlines()
+    assert "model.layers.[0-1].self_attn.q_proj.weight" in lines
+    assert max(map(len, lines)) <= 80
 
 
 def test_many_signals_still_leave_nothing(tmp_path: Path) -> None:

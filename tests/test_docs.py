@@ -39,6 +39,10 @@ def test_every_option_is_in_the_readme_and_every_default_is_true(
             assert option.default in line, line
 
 
+def test_the_readme_is_filled_in() -> None:
+    assert "@@" not in README
+
+
 def test_the_readme_names_no_option_that_is_not_there() -> None:
     section = README.partition("## Options")[2].partition("##")[0]
     known = {spelling for _, c in COMMANDS for option in c.params for spelling in option.opts}
