@@ -486,11 +486,11 @@ class _StopOnce:
 
 
 def _listen() -> None:
-    """Stops at signals that our parent did not tell us to ignore, as `nohup` does."""
+    """Stops at Ctrl-C and `kill`, in a shell's background too; under `nohup` not at a hang-up."""
     stop = _StopOnce()
     with suppress(ValueError):  # not the main thread: then nobody sends us signals either
         for number in _STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, stop)
 
 

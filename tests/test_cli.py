@@ -166,9 +166,14 @@ def test_a_stderr_that_is_closed_does_not_stop_a_run(llama: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "o\n")
 
 
+def ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("start", [None, ignore_sigint], ids=["foreground", "shell's background"])
 def test_interrupted_midway_leaves_nothing(
-    tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, code: int, start: Callable[[], None] | None
 ) -> None:
     source = write_checkpoint(tmp_path / "in", llama_tensors(layers=2))
     slow = (
@@ -177,7 +182,7 @@ def test_interrupted_midway_leaves_nothing(
         "stream.Worker.convert = late; sys.exit(cli.main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", slow, "quantize", str(source), str(tmp_path / "out")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=start)
     while not list(tmp_path.glob("out.fp8stream-partial/*.safetensors")):
         assert process.poll() is None
         time.sleep(0.02)
