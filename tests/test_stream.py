@@ -5,6 +5,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fp8stream import stream
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import CheckpointError, OutputError, WeightError
+from fp8stream.fp8 import Quantizer
 from fp8stream.memory import MIB, PeakMeter, Workspace
 from fp8stream.output import MARKER
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.reader import ShardReader
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
-from fp8stream.stream import Worker, stream_layers
+from fp8stream.stream import Buffers, Worker, stream_layers
 from fp8stream.writer import CheckpointWriter
 from tests import oracle
 from tests.conftest import Tensors, llama_tensors, write_checkpoint
@@ -404,6 +407,58 @@ def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, l
         with pytest.raises(OutputError, match="move it where you want it"):
             writer.commit(plan.config)
     assert (tmp_path / "out.fp8stream-partial" / "config.json").exists()
+
+
+class StandInStream:
+    """Counts how often it is waited for."""
+
+    waits = 0
+
+    def synchronize(self) -> None:
+        type(self).waits += 1
+
+
+@schemes
+def test_separate_host_and_device_buffers_give_the_same_bytes(
+    tmp_path: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that data takes on a GPU, with host memory standing in for the device's."""
+
+    def stand_in(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*arguments: Any, **options: Any) -> torch.Tensor:
+            options = {k: v for k, v in options.items() if k not in ("device", "pin_memory")}
+            tensor = make(*arguments, **options)
+            tensor.view(torch.uint8).fill_(0xFF)
+            return tensor
+
+        return made
+
+    tensors = llama_tensors(hidden=512, inter=1400, kv=256)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    checkpoint = open_checkpoint(source)
+    plan = plan_quantization(
+        checkpoint, scheme, Patterns(), Resources(7 * MIB, 1, 10**9, on_gpu=True)
+    )
+    assert plan.workspace.workers == 1  # the stand-ins are not for two threads
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", stand_in(torch.empty_like))
+        patch.setattr(stream, "Quantizer", lambda device, size: Quantizer(CPU, size))
+        patch.setattr(torch.cuda, "Stream", lambda device: StandInStream())
+        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        buffers = Buffers.__init__
+
+        def on_stand_in(self: Buffers, workspace: Workspace, device: torch.device) -> None:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(torch, "empty", stand_in(torch.empty))
+                buffers(self, workspace, device)
+
+        patch.setattr(Buffers, "__init__", on_stand_in)
+        with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+            list(stream_layers(checkpoint, plan, writer, torch.device("cuda", 0)))
+            writer.commit(plan.config)
+    assert_same(load(tmp_path / "out"), expected(tensors, scheme))
+    assert StandInStream.waits > 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
