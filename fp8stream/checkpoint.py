@@ -6,6 +6,7 @@ beside them. Names that come from an index are hostile until checked. No torch, 
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,18 @@ class Checkpoint:
     def file_names(self) -> tuple[str, ...]:
         """Every file that is read, shards and side files, relative to `directory`."""
         return (*(shard.name for shard in self.shards), *(side.name for side in self.side_files))
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def bytes_by_dtype(self) -> dict[str, int]:
+        """Tensor bytes under each of the dtypes that occur, in the order of their first tensor."""
+        sizes: dict[str, int] = defaultdict(int)
+        for tensor in self.tensors:
+            sizes[tensor.dtype] += tensor.nbytes
+        return dict(sizes)
 
     @property
     def model_type(self) -> str | None:
@@ -154,19 +167,23 @@ def _shards_without_index(directory: Path, warnings: list[str]) -> list[str]:
             f"{directory}: no .safetensors file in it"
             + (f", only {', '.join(others[:3])}; convert it to safetensors first" if others else "")
         )
-    numbered = [name for name in found if _SHARD_NUMBER.search(name)]
-    prefixes = {_SHARD_NUMBER.sub("", name) for name in numbered} - {"consolidated"}
-    prefix = "model" if "model" in prefixes else min(prefixes, default="")
-    names = [name for name in numbered if _SHARD_NUMBER.sub("", name) == prefix]
-    if "model.safetensors" in found and prefix != "model":
-        names = ["model.safetensors"]
-    elif "model.safetensors" in found or (prefix != "model" and len(prefixes) > 1):
+    numbered: dict[str, list[str]] = defaultdict(list)
+    for name in found:
+        prefix = _SHARD_NUMBER.sub("", name)
+        if prefix not in (name, "consolidated"):
+            numbered[prefix].append(name)
+    single = [name for name in found if name == "model.safetensors"]
+    models = [names for names in (single, numbered.get("model", [])) if names]
+    models = models or list(numbered.values())
+    if len(models) > 1:
         raise CheckpointError(
-            f"{directory}: {' and '.join(sorted(set(found) - set(names[1:]))[:2])}, and no index to"
-            " tell which is the model; give one file as SOURCE, or remove the other"
+            f"{directory}: {models[0][0]} and {models[1][0]}, and no index to tell which is the "
+            "model; give one file as SOURCE, or remove the other"
         )
-    elif names:
-        _check_numbers(directory, names)
+    if models:
+        names = models[0]
+        if names != single:
+            _check_numbers(directory, names)
     else:
         names = [n for n in found if not n.startswith("consolidated")] or found
     unread = [name for name in found if name not in names]
@@ -196,17 +213,21 @@ def _read_weight_map(path: Path) -> Mapping[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: bad index: expected a weight_map with tensors in it")
+    seen: set[str] = set()
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in seen:
+            continue
+        where = f"{path}: tensor {shorten(repr(name))}"
         if not isinstance(file, str) or not _is_plain_name(file):
             raise CheckpointError(
-                f"{path}: tensor {shorten(repr(name))}: expected the name of a .safetensors file in"
-                f" the same directory, found {shorten(repr(file))}"
+                f"{where}: expected the name of a .safetensors file in the same directory, found "
+                f"{shorten(repr(file))}"
             )
         if not os.path.lexists(path.with_name(file)):
             raise CheckpointError(
-                f"{path}: tensor {shorten(repr(name))}: expected in {shorten(file)}, found no such "
-                "file; download it"
+                f"{where}: expected in {shorten(file)}, found no such file; download it"
             )
+        seen.add(file)
     return weight_map
 
 

@@ -537,8 +537,10 @@ def _run(arguments: list[str]) -> int:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
         with cli.make_context("fp8stream", arguments) as context:
             cli.invoke(context)
-    except (_ReaderLeft, click.exceptions.Exit) as done:
-        return done.exit_code if isinstance(done, click.exceptions.Exit) else 0
+    except _ReaderLeft:
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
     except click.ClickException as error:
         with suppress(OSError):
             error.show()

@@ -235,16 +235,19 @@ def _parse_tensor(
 
 def _size_of(dtype: str, shape: Any, where: str) -> int:
     """Bytes of a tensor, multiplied up in the reference's order and refused where it overflows."""
-    found = shorten(repr(shape))
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: expected a shape of sizes from 0 to 2^63, found {found}")
+        raise CheckpointError(
+            f"{where}: expected a shape of sizes from 0 to 2^63, found {shorten(repr(shape))}"
+        )
     bits = DTYPE_BITS[dtype]
     elements = 1
     for side in shape:
         elements *= side
         if elements * bits >= 1 << 64:
+            found = shorten(repr(shape))
             raise CheckpointError(f"{where}: {dtype} of shape {found} overflows 64 bits")
     if elements * bits % 8:
+        found = shorten(repr(shape))
         raise CheckpointError(f"{where}: {dtype} of shape {found} is no whole number of bytes")
     return elements * bits // 8
 

@@ -47,9 +47,7 @@ class Result:
 
 def plan_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """The document of `inspect --json` and `quantize --dry-run --json`."""
-    dtypes: dict[str, int] = defaultdict(int)
-    for tensor in checkpoint.tensors:
-        dtypes[tensor.dtype] += tensor.nbytes
+    dtypes = checkpoint.bytes_by_dtype
     return {
         "schema": SCHEMA,
         "source": {
@@ -58,9 +56,9 @@ def plan_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             "model_type": checkpoint.model_type,
             "files": len(checkpoint.shards),
             "tensors": len(checkpoint.tensors),
-            "parameters": sum(tensor.numel for tensor in checkpoint.tensors),
+            "parameters": checkpoint.parameters,
             "bytes": sum(dtypes.values()),
-            "dtypes": dict(dtypes),
+            "dtypes": dtypes,
             "quantized_as": checkpoint.quantized_as,
         },
         "plan": {
@@ -145,16 +143,13 @@ def print_plan(checkpoint: Checkpoint, plan: Plan, stream: TextIO) -> None:
 
 
 def _print_source(console: "Console", checkpoint: Checkpoint) -> None:
-    sizes: dict[str, int] = defaultdict(int)
-    for tensor in checkpoint.tensors:
-        sizes[tensor.dtype] += tensor.nbytes
-    parameters = sum(tensor.numel for tensor in checkpoint.tensors)
-    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes.items())
+    sizes = checkpoint.bytes_by_dtype.items()
+    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes)
     files = len(checkpoint.shards)
     rows = [
         ("checkpoint", str(checkpoint.path)),
         ("architecture", checkpoint.architecture or checkpoint.model_type or "not named"),
-        ("parameters", f"{parameters:,} in {len(checkpoint.tensors):,} tensors"),
+        ("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors):,} tensors"),
         ("bytes", f"{dtypes}; {files} file{'s' if files > 1 else ''}"),
         ("quantized as", checkpoint.quantized_as or "not quantized"),
     ]

@@ -128,15 +128,10 @@ def _classify(
         and tensor.numel > 0
         and tensor.name.count(".") < DEEPEST_NAME
     )
-    recognised = role in (Role.LINEAR, Role.EXPERT) and not reason
-    if recognised and tensor.name.count(".") >= DEEPEST_NAME:
-        recognised, reason = False, "nested too deep to be a layer of a model"
-    if recognised and config.get("is_encoder_decoder"):
-        recognised, reason = False, "encoder-decoder models are not recognised"
-    if recognised and tensor.dtype not in SOURCE_DTYPES:
-        recognised, reason = False, f"{tensor.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
-    if recognised and min(tensor.shape) < SMALLEST_SIDE:
-        recognised, reason = False, f"a side under {SMALLEST_SIDE}: too small to gain"
+    projection = role in (Role.LINEAR, Role.EXPERT) and not reason
+    if projection:
+        reason = _objection(tensor, config)
+    recognised = projection and not reason
     if recognised:
         reason = f"{role.value} of a repeated layer"
     expert = _EXPERT.match(tensor.name)
@@ -149,6 +144,19 @@ def _classify(
         _fused_set(tensor, modules) if linear_like else None,
         expert["set"] if expert and role is Role.EXPERT else None,
     )
+
+
+def _objection(tensor: TensorSpec, config: Mapping[str, Any]) -> str:
+    """Why a projection is kept all the same; empty if it is not."""
+    if tensor.name.count(".") >= DEEPEST_NAME:
+        return "nested too deep to be a layer of a model"
+    if config.get("is_encoder_decoder"):
+        return "encoder-decoder models are not recognised"
+    if tensor.dtype not in SOURCE_DTYPES:
+        return f"{tensor.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
+    if min(tensor.shape) < SMALLEST_SIDE:
+        return f"a side under {SMALLEST_SIDE}: too small to gain"
+    return ""
 
 
 def _role(tensor: TensorSpec, layers: int | None) -> tuple[Role, str]:

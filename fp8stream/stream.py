@@ -76,16 +76,15 @@ def stream_layers(
         threading.Thread(target=work, name=f"fp8stream-{number}", daemon=True)
         for number in range(plan.workspace.workers)
     ]
-    started: list[threading.Thread] = []
     try:
         for thread in threads:
             thread.start()
-            started.append(thread)
         yield from _until_done(events, len(threads))
     finally:
         stop.set()
-        for thread in started:
-            thread.join()
+        for thread in threads:
+            if thread.ident is not None:  # it may be that not all could be started
+                thread.join()
 
 
 def _until_done(

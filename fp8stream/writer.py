@@ -178,6 +178,10 @@ class CheckpointWriter:
                 raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
             with data, self._directory.failing():
                 self._copy_side_file(data, source, self._directory.work / side.name)
+        names = [Path(side.name) for side in checkpoint.side_files]
+        with self._directory.failing():
+            for directory in {parent for name in names for parent in name.parents}:
+                sync_directory(self._directory.work / directory)
 
     def _copy_side_file(self, data: BinaryIO, source: Path, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +196,6 @@ class CheckpointWriter:
                 copy.write(chunk)
             copy.flush()
             os.fsync(copy.fileno())
-        sync_directory(target.parent)
 
     def commit(self, config: Mapping[str, Any]) -> None:
         """Checks that all is there, adds the index and config.json, and publishes.
