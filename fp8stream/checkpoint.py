@@ -4,11 +4,15 @@ A directory with an index, shards without one, or a single file; the config and 
 beside them. Names that come from an index are hostile until checked. No torch, no tensor data.
 """
 
+import json
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,7 @@ class Checkpoint:
     tensors: tuple[TensorSpec, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        every = [tensor for shard in self.shards for tensor in shard.tensors]
+        every = chain.from_iterable(shard.tensors for shard in self.shards)
         object.__setattr__(self, "tensors", tuple(every))
 
     @property
@@ -86,7 +90,7 @@ class Checkpoint:
         names = self.config.get("architectures")
         return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
-    @property
+    @cached_property
     def quantized_as(self) -> str | None:
         """What the checkpoint is already quantized as, in words, or None."""
         return _quantized_as(self.config, self.tensors)
@@ -98,23 +102,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError for anything that is not a whole checkpoint, naming file and tensor.
     """
     source = Path(path)
-    try:
-        os.stat(source)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(_absent(str(path))) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shorten(str(path))}: cannot be read: {error}") from error
-    single = not source.is_dir()
+    single = _is_one_file(source, str(path))
     directory = source.parent if single else source
-    if single and source.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{source}: neither a checkpoint directory nor a .safetensors file; "
-            "give the directory that holds config.json"
-        )
-    if single and (number := _SHARD_NUMBER.search(source.name)) and int(number[2]) > 1:
-        raise CheckpointError(
-            f"{source}: one shard of {int(number[2])}, not a whole checkpoint; give the directory"
-        )
     config = _read_config(directory)
     warnings: list[str] = []
     if single:
@@ -122,23 +111,57 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     else:
         names, weight_map = _find_shards(directory, warnings)
     shards = tuple(read_shard(directory / name) for name in names)
-    _check_unique(shards)
-    if weight_map is not None:
-        _check_weight_map(directory, weight_map, shards, warnings)
+    if weight_map is None or not _is_as_listed(shards, weight_map):
+        owners = _find_owners(shards)
+        if weight_map is not None:
+            _check_weight_map(directory, weight_map, owners, warnings)
     side_files = _find_side_files(directory, set(names), warnings, recursive=not single)
     return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
 
 
-def _check_unique(shards: Sequence[Shard]) -> None:
-    owner: dict[str, str] = {}
+def _is_one_file(source: Path, given: str) -> bool:
+    """Whether `source` is one file, not a directory. Raises CheckpointError where it is neither."""
+    try:
+        os.stat(source)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(_absent(given)) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{shorten(given)}: cannot be read: {error}") from error
+    if source.is_dir():
+        return False
+    if source.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{source}: neither a checkpoint directory nor a .safetensors file; "
+            "give the directory that holds config.json"
+        )
+    if (number := _SHARD_NUMBER.search(source.name)) and int(number[2]) > 1:
+        raise CheckpointError(
+            f"{source}: one shard of {int(number[2])}, not a whole checkpoint; give the directory"
+        )
+    return True
+
+
+def _is_as_listed(shards: Sequence[Shard], weight_map: Mapping[str, str]) -> bool:
+    """Whether the files hold what the index lists and no more: then no name stands in two."""
+    count = sum(len(shard.tensors) for shard in shards)
+    return count == len(weight_map) and all(
+        {weight_map.get(tensor.name) for tensor in shard.tensors} == {shard.name}
+        for shard in shards
+    )
+
+
+def _find_owners(shards: Sequence[Shard]) -> dict[str, str]:
+    """The file of every tensor. Raises CheckpointError for a tensor that stands in two."""
+    owners: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
-            if tensor.name in owner:
+            if tensor.name in owners:
                 raise CheckpointError(
-                    f"{shard.name}: tensor {tensor.name!r} stands in {owner[tensor.name]} too; "
+                    f"{shard.name}: tensor {tensor.name!r} stands in {owners[tensor.name]} too; "
                     "remove the file that does not belong to the checkpoint"
                 )
-            owner[tensor.name] = shard.name
+            owners[tensor.name] = shard.name
+    return owners
 
 
 def _find_shards(
@@ -209,26 +232,50 @@ def _check_numbers(directory: Path, names: Sequence[str]) -> None:
 
 
 def _read_weight_map(path: Path) -> Mapping[str, str]:
-    index = parse_json(_read_bytes(path), f"{path}: bad index")
+    index = _parse_index(_read_bytes(path), f"{path}: bad index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: bad index: expected a weight_map with tensors in it")
-    seen: set[str] = set()
+    good: set[str] = set()
     for name, file in weight_map.items():
-        if isinstance(file, str) and file in seen:
-            continue
-        where = f"{path}: tensor {shorten(repr(name))}"
-        if not isinstance(file, str) or not _is_plain_name(file):
-            raise CheckpointError(
-                f"{where}: expected the name of a .safetensors file in the same directory, found "
-                f"{shorten(repr(file))}"
-            )
-        if not os.path.lexists(path.with_name(file)):
-            raise CheckpointError(
-                f"{where}: expected in {shorten(file)}, found no such file; download it"
-            )
-        seen.add(file)
+        if not isinstance(file, str) or file not in good:
+            _check_listed(path, name, file)
+            good.add(file)
     return weight_map
+
+
+def _parse_index(data: bytes, where: str) -> Any:
+    """As `parse_json`, which holds every pair of a large index where it looks for keys twice."""
+    with suppress(CheckpointError, RecursionError):
+        index = parse_json(data, where, unique=False)
+        if _has_all(index, data):
+            return index
+    return parse_json(data, where)
+
+
+def _has_all(index: Any, data: bytes) -> bool:
+    """Whether it is plain that no key of `data` stands twice, which would have lost a string."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} != {str}:
+        return False
+    rest = json.dumps({**index, "weight_map": None})
+    # Without escapes every quote bounds a string: a name and a file for each tensor.
+    quotes = rest.count('"') + 4 * len(weight_map)
+    return b"\\" not in data and data.count(b'"') == quotes
+
+
+def _check_listed(index: Path, name: str, file: object) -> None:
+    """Refuses a `file` that is none, or none beside the index, which lists it for tensor `name`."""
+    where = f"{index}: tensor {shorten(repr(name))}"
+    if not isinstance(file, str) or not _is_plain_name(file):
+        raise CheckpointError(
+            f"{where}: expected the name of a .safetensors file in the same directory, found "
+            f"{shorten(repr(file))}"
+        )
+    if not os.path.lexists(index.with_name(file)):
+        raise CheckpointError(
+            f"{where}: expected in {shorten(file)}, found no such file; download it"
+        )
 
 
 def _is_plain_name(file: str) -> bool:
@@ -238,17 +285,16 @@ def _is_plain_name(file: str) -> bool:
 
 
 def _check_weight_map(
-    directory: Path, weight_map: Mapping[str, str], shards: Sequence[Shard], warnings: list[str]
+    directory: Path, weight_map: Mapping[str, str], owners: Mapping[str, str], warnings: list[str]
 ) -> None:
-    owner = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
     for name, file in weight_map.items():
-        if owner.get(name) != file:
-            found = f"it in {owner[name]}" if name in owner else "no such tensor"
+        if owners.get(name) != file:
+            found = f"it in {owners[name]}" if name in owners else "no such tensor"
             raise CheckpointError(
                 f"{directory / file}: tensor {name!r}: expected in this file by the index, "
                 f"found {found}; the index and the files are not of one checkpoint"
             )
-    unlisted = [name for name in owner if name not in weight_map]
+    unlisted = [name for name in owners if name not in weight_map]
     if unlisted:
         warnings.append(
             f"{len(unlisted)} tensors are in the files but not in the index, such as {unlisted[0]}"

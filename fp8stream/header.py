@@ -3,6 +3,9 @@
 Everything in a file is taken as hostile until checked. What is accepted is what the reference
 parser accepts (https://github.com/huggingface/safetensors#format): tensors that tile the data
 exactly, no holes, no overlaps, no duplicates. No torch, and no tensor data is touched.
+
+There are two ways to read a header. One is fast and takes only what is plainly right; the other
+goes value by value, decides about all the rest, and says what is wrong.
 """
 
 import json
@@ -12,8 +15,10 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +53,11 @@ DTYPE_BITS: Mapping[str, int] = {
     "I64": 64,
     "U64": 64,
 }
+_FIELDS = itemgetter("data_offsets", "dtype", "shape")
+_Kind = tuple[str, tuple[int, ...]]  # a dtype and a shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One tensor as its file's header declares it; `offset` counts from the file's first byte."""
 
@@ -70,7 +77,7 @@ class TensorSpec:
         """Bytes an element (the sub-byte dtypes round up)."""
         return -(-DTYPE_BITS[self.dtype] // 8)
 
-    @cached_property
+    @property
     def module(self) -> str:
         """The fqn of the module that owns this tensor."""
         return self.name.rpartition(".")[0]
@@ -137,6 +144,64 @@ def parse_header(
     """
     if not header.startswith(b"{"):
         raise CheckpointError(f"{path}: bad header: expected JSON that starts with '{{'")
+    with suppress(CheckpointError, LookupError, TypeError, ValueError, RecursionError):
+        return _read_plain(header, path.name, data_bytes, data_begin)
+    return _read_strictly(header, path, data_bytes, data_begin)
+
+
+def _read_plain(
+    header: bytes, file: str, data_bytes: int, data_begin: int
+) -> tuple[TensorSpec, ...]:
+    """What `_read_strictly` gives, but fast. Raises something where that might refuse."""
+    sizes: dict[_Kind, tuple[_Kind, int]] = {}
+    tensors: list[TensorSpec] = []
+    position = 0
+    for (begin, end), dtype, shape, name in _plain_rows(header):
+        kind = dtype, tuple(shape)
+        known = sizes.get(kind) or sizes.setdefault(kind, (kind, _size_of(dtype, shape, file)))
+        (dtype, sides), size = known  # one object for all that are equal
+        if begin != position or end - begin != size:
+            raise ValueError("a hole, an overlap or a wrong size")
+        tensors.append(TensorSpec(name, dtype, sides, file, data_begin + begin, size))
+        position = end
+    if position != data_bytes:
+        raise ValueError("a hole after the last tensor")
+    return tuple(tensors)
+
+
+def _plain_rows(header: bytes) -> list[tuple[list[int], str, list[int], str]]:
+    """Offsets, dtype, shape and name of each tensor in the order of their data.
+
+    Offsets and shapes are lists of whole numbers, and nothing in the header was passed over.
+    """
+    # Without escapes every quote bounds a string, and names are as they stand; -0 reads as 0.
+    if b"\\" in header or b"-" in header:
+        raise ValueError("escapes, or a minus")
+    entries = json.loads(header.decode())
+    metadata = entries.pop("__metadata__", None)
+    # A key that stands twice, or that no tensor has, is a string too many.
+    strings = 5 * len(entries) + _count_strings(metadata)
+    if header.count(b'"') != 2 * strings:
+        raise ValueError("more strings than the tensors have")
+    offsets, dtypes, shapes = zip(*map(_FIELDS, entries.values()), strict=True)
+    if {*map(type, shapes)} != {list} or {*map(type, chain(*offsets, *shapes))} != {int}:
+        raise ValueError("something else than whole numbers")
+    return sorted(zip(offsets, dtypes, shapes, entries, strict=True), key=itemgetter(0))
+
+
+def _count_strings(metadata: object) -> int:
+    """How many strings the header needs for its __metadata__: the key, and a dict of strings."""
+    if metadata is None:
+        return 0
+    if not isinstance(metadata, dict) or not {*map(type, metadata.values())} <= {str}:
+        raise ValueError("metadata that is not of strings")
+    return 1 + 2 * len(metadata)
+
+
+def _read_strictly(
+    header: bytes, path: Path, data_bytes: int, data_begin: int
+) -> tuple[TensorSpec, ...]:
+    """Checks every value by itself. Raises CheckpointError that says which is wrong."""
     entries = parse_json(header, f"{path}: bad header")
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: bad header: expected a JSON object")
@@ -149,16 +214,17 @@ def parse_header(
     return tuple(tensors)
 
 
-def parse_json(data: bytes, where: str, strict: bool = True) -> Any:
+def parse_json(data: bytes, where: str, strict: bool = True, unique: bool = True) -> Any:
     """JSON in UTF-8. Raises CheckpointError whose message starts with `where`.
 
-    `strict` refuses what the reference parser refuses or reads otherwise (duplicate keys, NaN,
-    numbers past its range); configs are read as leniently as transformers reads them.
+    `strict` refuses what the reference parser refuses or reads otherwise (NaN, numbers past its
+    range and, if `unique`, duplicate keys); configs are read as leniently as transformers does.
     """
     hooks: dict[str, Any] = {}
     if strict:
-        hooks = {"object_pairs_hook": _unique, "parse_constant": _number, "parse_float": _number}
-        hooks["parse_int"] = _integer
+        hooks = {"parse_constant": _number, "parse_float": _number, "parse_int": _integer}
+    if strict and unique:
+        hooks["object_pairs_hook"] = _unique
     if data.startswith(LFS_POINTER):
         raise CheckpointError(f"{where}: {LFS_ADVICE}")
     try:

@@ -1,6 +1,7 @@
 """What makes a checkpoint: directories, indexes, single files, links, and the files beside them."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -139,6 +140,86 @@ def test_tensors_that_the_index_forgot_are_told(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory)
     assert_holds(checkpoint, tensors)
     assert "model.norm.weight" in " ".join(checkpoint.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "twice"),
+    [
+        (lambda text: text.replace('"weight_map":', '"weight_map": {}, "weight_map":'), "weight_m"),
+        (lambda text: text.replace('"weight_map":', '"weight_map": "", "weight_map":'), "weight_m"),
+        (lambda text: text.replace('"metadata":', '"metadata": 1, "metadata":'), "metadata"),
+        (lambda text: text.replace('"total_size":', '"q": {"a": [], "a": {}}, "total":'), "a"),
+        (lambda text: text.replace('"model.norm', '"b": "c", "b": "d", "model.norm'), "b"),
+        (lambda text: text.replace('"model.norm', '"b": "c", "b": 1, "d": 2, "model.norm'), "b"),
+        (lambda text: text.replace('"model.norm', '"b": "c", "\\u0062": "c", "model.norm'), "b"),
+        (lambda text: text.replace('"model.norm', '"b": "c", "b": "c", "model.norm') + "}", "b"),
+    ],
+)
+def test_a_key_that_stands_twice_in_an_index_is_refused(
+    change: Callable[[str], str], twice: str, tmp_path: Path
+) -> None:
+    directory = write_checkpoint(tmp_path / "model", small_tensors(), shards=2)
+    text = (directory / INDEX).read_text()
+    assert change(text) != text
+    (directory / INDEX).write_text(change(text))
+    with pytest.raises(CheckpointError, match=f"the key '{twice}.* stands twice"):
+        open_checkpoint(directory)
+
+
+def test_an_index_may_be_spelled_with_escapes_and_say_more(tmp_path: Path) -> None:
+    tensors = {'a"b': torch.ones(2), "c\\d": torch.ones(3), "é": torch.ones(1)}
+    directory = write_checkpoint(tmp_path / "model", tensors, shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    index["more"] = {"of": ["this", {"and": "that"}, 1.5, None]}
+    for indent in (None, 2):
+        (directory / INDEX).write_text(json.dumps(index, indent=indent))
+        assert_holds(open_checkpoint(directory), tensors)
+
+
+def test_an_index_that_names_one_tensor_by_another_name_is_refused(tmp_path: Path) -> None:
+    """As many tensors as the files hold, but not the same."""
+    directory = write_checkpoint(tmp_path / "model", small_tensors(), shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    file = index["weight_map"].pop("model.norm.weight")
+    index["weight_map"]["model.norm.bias"] = file
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"'model\.norm\.bias'.*found no such tensor"):
+        open_checkpoint(directory)
+
+
+def test_two_files_that_the_index_confuses_are_refused(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", small_tensors(), shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    one, two = sorted(set(index["weight_map"].values()))
+    swapped = {name: two if file == one else one for name, file in index["weight_map"].items()}
+    (directory / INDEX).write_text(json.dumps({"weight_map": swapped}))
+    with pytest.raises(CheckpointError, match=f"{two}: tensor .* found it in {one}; the index"):
+        open_checkpoint(directory)
+
+
+def test_a_tensor_in_two_files_is_refused_though_the_index_lists_as_many(tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", small_tensors(), shards=2)
+    index = json.loads((directory / INDEX).read_text())
+    one, two = sorted(set(index["weight_map"].values()))
+    tensors = load_file(directory / two)
+    lost = next(iter(tensors))
+    tensors[next(iter(load_file(directory / one)))] = tensors.pop(lost)
+    save_file(tensors, directory / two)
+    with pytest.raises(CheckpointError, match=f"{two}: tensor .* stands in {one} too"):
+        open_checkpoint(directory)
+
+
+def test_forty_thousand_tensors_in_files_that_are_holes_are_opened_at_once(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "make_sparse.py"
+    sizes = ["--layers", "14", "--experts", "1000", "--files", "9"]
+    subprocess.run([sys.executable, script, tmp_path / "big", *sizes], check=True)
+    start = time.process_time()
+    checkpoint = open_checkpoint(tmp_path / "big")
+    assert time.process_time() - start < 2
+    assert checkpoint.warnings == ()
+    assert len(checkpoint.tensors) == 3 + 3 + 14 * 9 + 13 * (2 + 3 + 3000)
+    assert checkpoint.parameters == sum(math.prod(spec.shape) for spec in checkpoint.tensors)
+    assert 2 * checkpoint.parameters < sum(shard.size for shard in checkpoint.shards)
 
 
 def test_no_tensor_data_is_touched(tmp_path: Path, run: Runner) -> None:

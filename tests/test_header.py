@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fp8stream.errors import CheckpointError
-from fp8stream.header import DTYPE_BITS, MAX_HEADER_BYTES, Shard, read_shard
+from fp8stream.header import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    Shard,
+    TensorSpec,
+    _read_plain,
+    _read_strictly,
+    parse_header,
+    read_shard,
+)
 
 deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 # Name, dtype, shape and bytes of every tensor, sorted.
@@ -89,7 +98,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 shapes = st.lists(st.integers(0, 5), max_size=4)
-names = st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda n: n != "__metadata__")
+letters = st.text("ab.", max_size=3)
+names = letters | st.text(st.characters(codec="utf-8"), max_size=8).filter(
+    lambda name: name != "__metadata__"
+)
 # What JSON can say in place of a size, a name or a list of sizes.
 odd = st.recursive(
     st.one_of(
@@ -193,6 +205,21 @@ def miswritten_files(draw: st.DrawFn) -> bytes:
     return file_bytes(text, data, max(0, claimed))
 
 
+@st.composite
+def repeating_files(draw: st.DrawFn) -> bytes:
+    """A good file but for one key too many, which may be one that its object has."""
+    header, data = draw(layouts())
+    changed = draw(st.sampled_from([header, *header.values()]))
+    keys = st.sampled_from([*changed, "dtype", "shape", "data_offsets", "__metadata__", "-0"])
+    values = st.sampled_from([*changed.values(), None, {}, "F32", [], [0, 0]]) | odd
+    changed["\ue000"] = draw(values)
+    text = draw(spelled(dict(draw(st.permutations(list(header.items()))))))
+    key = json.dumps(draw(keys | names)).encode()
+    for mark in (b'"\\ue000"', '"\ue000"'.encode()):
+        text = text.replace(mark, key, 1)
+    return file_bytes(text, data)
+
+
 @settings(max_examples=200, deadline=None)
 @given(content=good_files())
 def test_every_good_file_is_read_as_the_reference_reads_it(content: bytes, path: Path) -> None:
@@ -222,6 +249,199 @@ def test_what_we_accept_the_reference_accepts_and_reads_the_same(
 def test_any_bytes_at_all_are_read_alike_or_refused(content: bytes, path: Path) -> None:
     found = ours(content, path)
     assert found is None or found == reference(content)
+
+
+Parsed = tuple[TensorSpec, ...]
+Parser = Callable[[bytes, Path, int, int], Parsed]
+
+
+def outcome(parse: Parser, content: bytes) -> Parsed | str:
+    """What `parse` makes of the header of `content`: tensors, or why there are none."""
+    header, data_bytes, data_begin = split(content)
+    try:
+        return parse(header, Path("a"), data_bytes, data_begin)
+    except CheckpointError as error:
+        return str(error)
+
+
+def read_plain(content: bytes) -> Parsed:
+    header, data_bytes, data_begin = split(content)
+    return _read_plain(header, "a", data_bytes, data_begin)
+
+
+def split(content: bytes) -> tuple[bytes, int, int]:
+    """The header of `content`, the size of its data and where that begins."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    return content[8:begin], max(0, len(content) - begin), begin
+
+
+@settings(max_examples=1000, deadline=None)
+@given(content=st.one_of(good_files(), misdeclared_files(), miswritten_files(), repeating_files()))
+def test_the_fast_way_through_a_header_changes_nothing(content: bytes) -> None:
+    assume(content[8:9] == b"{")
+    assert outcome(parse_header, content) == outcome(_read_strictly, content)
+
+
+A = b'"a":{"dtype":"U8","shape":[1,1],"data_offsets":[0,1]}'
+
+
+def with_second(shape: bytes = b"[1,1]", offsets: bytes = b"[1,2]", data: int = 2) -> bytes:
+    """A good tensor, then another whose shape and offsets may equal good ones in Python's eyes."""
+    second = b'"b":{"dtype":"U8","shape":' + shape + b',"data_offsets":' + offsets + b"}"
+    return file_bytes(b"{" + A + b"," + second + b"}", bytes(data))
+
+
+def with_scalar(shape: bytes) -> bytes:
+    """A good scalar, then a tensor as large."""
+    content = with_second(shape)
+    return file_bytes(content[8:-2].replace(b"[1,1]", b"[]", 1), bytes(2))
+
+
+NOT_PLAIN = [
+    pytest.param(file_bytes(b"{" + A + b"," + A + b"}", bytes(1)), id="a tensor twice"),
+    pytest.param(
+        file_bytes(b"{" + A + b"," + A.replace(b'"a"', b'"\\u0061"') + b"}", bytes(1)),
+        id="a tensor twice in two spellings",
+    ),
+    pytest.param(
+        file_bytes(b'{"a":0,' + A + b"}", bytes(1)), id="a tensor twice, the first a number"
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}'),
+        id="dtype twice",
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":4,"dtype":"F32","shape":[1],"data_offsets":[0,4]}'),
+        id="dtype twice, first a number",
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F32","dtype":4,"shape":[1],"data_offsets":[0,4]}'),
+        id="dtype twice, last a number",
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F32","shape":[2],"shape":[1],"data_offsets":[0,4]}'),
+        id="shape twice",
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F32","shape":[1],"data_offsets":[0,4],"data_offsets":[0,4]}'),
+        id="data_offsets twice",
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F32","shape":[1],"data_offsets":[0,4],"data_offset":[0,4]}'),
+        id="a field too many",
+    ),
+    pytest.param(with_entry(b'{"dtype":"F32","shape":[1],"q":[0,4]}'), id="a field's name wrong"),
+    pytest.param(
+        file_bytes(b'{"__metadata__":{},"__metadata__":{},' + A + b"}", bytes(1)),
+        id="metadata twice",
+    ),
+    pytest.param(
+        file_bytes(b'{"__metadata__":{"a":"1","a":"1"},' + A + b"}", bytes(1)),
+        id="metadata with a key twice",
+    ),
+    pytest.param(
+        file_bytes(b'{"__metadata__":{"a":"1","a":1,"b":1},' + A + b"}", bytes(1)),
+        id="metadata with a key twice, and as many strings as keys",
+    ),
+    pytest.param(file_bytes(b'{"__metadata__":null,' + A + b"}", bytes(1)), id="metadata null"),
+    pytest.param(
+        file_bytes(b'{"__metadata__":[[],[]],' + A + b"}", bytes(1)), id="metadata a list"
+    ),
+    pytest.param(
+        file_bytes(b'{"__metadata__":{"a":"\\ud800"},' + A + b"}", bytes(1)),
+        id="a lone surrogate in the metadata",
+    ),
+    pytest.param(with_name(b"\\udc00"), id="a lone surrogate for a name"),
+    pytest.param(with_second(b"[true,1]"), id="true for a side of 1"),
+    pytest.param(with_second(b"[1.0,1]"), id="a float for a side of 1"),
+    pytest.param(with_second(b"[1e0,1]"), id="an exponent in a side of 1"),
+    pytest.param(with_second(b"[NaN,1]"), id="NaN for a side"),
+    pytest.param(with_second(b"[-1,-1]"), id="two negative sides"),
+    pytest.param(with_second(b"[18446744073709551617,1]"), id="a side of 2^64 + 1"),
+    pytest.param(with_second(b"[1" + b"0" * 25 + b",0]", b"[1,1]", 1), id="a side of 26 digits"),
+    pytest.param(with_second(b"[" + b"1" * 5000 + b"]"), id="a side of 5000 digits"),
+    pytest.param(with_second(b"[0,-0]", b"[1,1]", 1), id="minus zero for a side"),
+    pytest.param(with_second(b"[9223372036854775808,0]", b"[1,1]", 1), id="nothing of 2^63"),
+    pytest.param(with_scalar(b"{}"), id="an object for the shape of a scalar"),
+    pytest.param(with_scalar(b'""'), id="a string for the shape of a scalar"),
+    pytest.param(with_second(b"[1,2]"), id="a shape of more bytes"),
+    pytest.param(with_second(b"[0]"), id="a shape of fewer bytes"),
+    pytest.param(with_second(b"null"), id="null for a shape"),
+    pytest.param(with_second(b"[[1],1]"), id="a list for a side"),
+    pytest.param(with_second(offsets=b"[true,2]"), id="true for an offset of 1"),
+    pytest.param(with_second(offsets=b"[1,2.0]"), id="a float for an offset"),
+    pytest.param(with_second(offsets=b"[1,2,3]"), id="three offsets"),
+    pytest.param(with_second(offsets=b"[1]"), id="one offset"),
+    pytest.param(with_second(offsets=b"12"), id="a number for offsets"),
+    pytest.param(with_second(offsets=b'{"1":1,"2":2}'), id="an object for offsets"),
+    pytest.param(with_second(offsets=b"[0,1]"), id="the same place twice"),
+    pytest.param(with_second(offsets=b"[2,3]"), id="a hole"),
+    pytest.param(with_second(b"[2]", b"[1,3]"), id="past the end"),
+    pytest.param(with_second(b"[0]", b"[1,1]"), id="a hole at the end"),
+    pytest.param(
+        file_bytes(b"{" + A.replace(b"[0,1]", b"[-0,1]") + b"}", bytes(1)), id="an offset of -0"
+    ),
+    pytest.param(with_entry(b'["dtype","shape","data_offsets"]'), id="an entry that is a list"),
+    pytest.param(
+        with_entry(b'{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}'), id="dtype list"
+    ),
+    pytest.param(
+        with_entry(b'{"dtype":"F7","shape":[1],"data_offsets":[0,4]}'), id="dtype unknown"
+    ),
+    pytest.param(file_bytes(b"{" * 100_000), id="objects without end"),
+    pytest.param(file_bytes(b"{}\0"), id="NUL after the header"),
+    pytest.param(file_bytes("{}".encode("utf-16-le")), id="UTF-16"),
+]
+
+
+@pytest.mark.parametrize("content", NOT_PLAIN)
+def test_what_is_not_plainly_right_is_left_to_the_strict_way(content: bytes) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        read_plain(content)
+    refused = outcome(_read_strictly, content)
+    assert isinstance(refused, str)
+    assert outcome(parse_header, content) == refused
+
+
+PLAIN = [
+    pytest.param({"data_offsets": entry("F32", [1], 0, 4)}, id="a tensor called data_offsets"),
+    pytest.param({"dtype": entry("F32", [1], 0, 4)}, id="a tensor called dtype"),
+    pytest.param({"a,data_offsets:[0,0]{": entry("F32", [1], 0, 4)}, id="JSON in a name"),
+    pytest.param({"gewicht.größe.重み": entry("F32", [1], 0, 4)}, id="a name in other letters"),
+    pytest.param({"a": dict(reversed(entry("F32", [1], 0, 4).items()))}, id="fields in any order"),
+    pytest.param({"a": entry("F32", [], 0, 4)}, id="a scalar"),
+    pytest.param({"a": entry("F4", [8], 0, 4)}, id="less than a byte an element"),
+    pytest.param({"a": entry("U8", [4], 0, 4), "__metadata__": {}}, id="metadata of nothing"),
+    pytest.param(
+        {"__metadata__": {"format": "pt", "b": "{"}, "a": entry("U8", [4], 0, 4)}, id="metadata"
+    ),
+    pytest.param(
+        {"z": entry("U8", [2], 2, 4), "a": entry("U8", [2], 0, 2), "b": entry("U8", [0], 2, 2)},
+        id="not in the order of data",
+    ),
+    pytest.param(
+        {"b": entry("F32", [0], 4, 4), "a": entry("U8", [0], 4, 4), "c": entry("F32", [1], 0, 4)},
+        id="two of no bytes in one place",
+    ),
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("header", PLAIN)
+def test_what_is_plainly_right_is_read_the_fast_way(
+    header: dict[str, Any], indent: int | None
+) -> None:
+    text = json.dumps(header, ensure_ascii=False, indent=indent).encode() + b"  "
+    content = file_bytes(text, bytes(4))
+    assert read_plain(content) == outcome(_read_strictly, content)
+
+
+def test_what_save_file_writes_is_read_the_fast_way(path: Path) -> None:
+    tensors = {f"layers.{n}.weight": torch.zeros(n, 2, dtype=torch.float16) for n in range(20)}
+    save_file({**tensors, "bias": torch.zeros(3)}, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    assert read_plain(content) == outcome(_read_strictly, content)
+    assert len(read_plain(content)) == 21
 
 
 dtypes = st.sampled_from(
