@@ -30,8 +30,10 @@ from fp8stream.errors import (
     OutputError,
     SchemeError,
 )
+from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
 from fp8stream.memory import PeakMeter, format_size, parse_size
 from fp8stream.output import check_output
+from fp8stream.parallel import edges
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.report import (
@@ -45,6 +47,9 @@ from fp8stream.report import (
     tensor_lines,
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.structure import Config
+from fp8stream.summary import kept_bytes
+from fp8stream.system import may_have_gpu
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +80,15 @@ def _device(context: click.Context, option: click.Parameter, value: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
         raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
     return value
+
+
+def _expression(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> "re.Pattern[str] | None":
+    try:
+        return re.compile(value) if value is not None else None
+    except re.error as error:
+        raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
 
 
 def _scheme_options(command: F) -> F:
@@ -115,6 +129,19 @@ def _scheme_options(command: F) -> F:
                 metavar="FILE",
                 help="Patterns to ignore, one a line (# comments); - reads standard input.",
             ),
+            click.option(
+                "--experts",
+                type=click.Choice([form.value for form in ExpertForm]),
+                default=ExpertForm.AUTO.value,
+                show_default=True,
+                help="How experts that lie in one tensor are written; keep leaves all in 16 bit.",
+            ),
+            click.option(
+                "--expert-layout",
+                type=click.Choice([layout.value for layout in ExpertLayout]),
+                help="How they lie there, if the model type does not tell: [experts, out, in] or "
+                "[experts, in, out], gate and up in halves or interleaved.",
+            ),
         ]
     ):
         command = option(command)
@@ -136,9 +163,36 @@ def cli() -> None:
 @cli.command()
 @click.argument("source", callback=_not_empty)
 @_scheme_options
+@click.option(
+    "--tp",
+    "ranks",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Warn of blocks that N tensor-parallel ranks would cut.",
+)
 @click.option("--tensors", is_flag=True, help="One tab-separated line a tensor, for grep and awk.")
+@click.option(
+    "--filter",
+    "wanted",
+    callback=_expression,
+    metavar="RE",
+    help="With --tensors: those whose name the regular expression is found in.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(["name", "size"]),
+    help="With --tensors: by name, or the largest first.  [default: name]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
+def inspect(
+    source: str,
+    ranks: int | None,
+    tensors: bool,
+    wanted: "re.Pattern[str] | None",
+    sort: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Tell what SOURCE holds, what quantize would do to it, and why.
 
     SOURCE is a checkpoint directory or one .safetensors file; only headers are read.
@@ -147,14 +201,25 @@ def inspect(source: str, tensors: bool, as_json: bool, **options: Any) -> None:
     Example:
       fp8stream inspect Llama-3.1-8B
       fp8stream inspect Llama-3.1-8B --tensors | grep keep
+      fp8stream inspect Llama-3.1-8B --scheme block --tp 8
       fp8stream inspect Llama-3.1-8B --json | jq .plan
     """
     if tensors and as_json:
         raise click.UsageError("--tensors and --json exclude each other")
+    if (wanted or sort) and not tensors:
+        raise click.UsageError("--filter and --sort go with --tensors")
     checkpoint = open_checkpoint(source)
     resources = Resources(parse_size(DEFAULT_BUDGET), _cores(), parse_size(DEFAULT_SHARD_SIZE))
-    plan = plan_quantization(checkpoint, *_wishes(**options), resources)
-    _show_plan(checkpoint, plan, as_json, tensors)
+    plan = _plan(checkpoint, resources, **options)
+    if ranks:
+        cut = map(str, edges(plan, Config(checkpoint.config), ranks))
+        plan = replace(plan, warnings=(*plan.warnings, *cut))
+    if tensors:
+        with _stdout():
+            for line in tensor_lines(plan, wanted, by_size=sort == "size"):
+                click.echo(line)
+    else:
+        _show_plan(checkpoint, plan, as_json)
     if not as_json:
         _warn(plan.warnings)
 
@@ -226,14 +291,16 @@ def quantize(
     """
     checkpoint = open_checkpoint(source)
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
-    plan = plan_quantization(checkpoint, *_wishes(**options), resources)
+    plan = _plan(checkpoint, resources, **options)
     if dry_run:
-        _dry_run(checkpoint, _for_device(plan, resources, device)[0], as_json)
+        # A plan for the CPU is a plan already: torch takes longer to load than everything before.
+        if device != "cpu" and (device != "auto" or may_have_gpu()):
+            plan, _ = _for_device(plan, resources, device)
+        _dry_run(checkpoint, plan, as_json)
         with _complaining():
             _check(checkpoint, plan, Path(output), overwrite)
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
-    # From here on torch is needed, which takes longer to load than everything before.
     plan, found = _for_device(plan, resources, device)
     _warn(plan.warnings)
     job = _Job(checkpoint, plan, found, target, overwrite)
@@ -256,9 +323,10 @@ def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) ->
             "checkpoint in BF16, F16 or F32: give the model that it was made from"
         )
     if not plan.layers_quantized:
+        reasons = [f"{reason} ({format_size(size)})" for reason, size in kept_bytes(plan).items()]
         raise SchemeError(
-            f"{checkpoint.path}: nothing to quantize: no layer was recognised, or all are ignored; "
-            "'fp8stream inspect' tells why, --include asks for layers by name"
+            f"{checkpoint.path}: nothing to quantize: {'; '.join(reasons[:4])}; "
+            "'fp8stream inspect' tells more, --include asks for layers by name"
         )
     return check_output(output, checkpoint, plan.disk_bytes, overwrite)
 
@@ -273,7 +341,7 @@ def _complaining() -> Iterator[None]:
 
 
 def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
-    _show_plan(checkpoint, plan, as_json, tensors=False)
+    _show_plan(checkpoint, plan, as_json)
     if not as_json:
         _warn(plan.warnings)
 
@@ -339,18 +407,28 @@ class _Job:
         )
 
 
-def _wishes(
+def _plan(
+    checkpoint: Checkpoint,
+    resources: Resources,
+    *,
     scheme: str,
     output_format: str,
     ignore: Sequence[str],
     include: Sequence[str],
     ignore_from: TextIO | None,
-) -> tuple[Scheme, Patterns]:
-    """What the options that `quantize` and `inspect` share ask for. Reads `--ignore-from`."""
+    experts: str,
+    expert_layout: str | None,
+) -> Plan:
+    """The plan that `quantize` and `inspect` share the options of. Reads `--ignore-from`."""
     lines = _lines_of(ignore_from) if ignore_from else ()
     listed = (line for line in lines if line and not line.startswith("#"))
-    patterns = Patterns((*ignore, *listed), tuple(include))
-    return Scheme(Granularity(scheme), OutputFormat(output_format)), patterns
+    return plan_quantization(
+        checkpoint,
+        Scheme(Granularity(scheme), OutputFormat(output_format)),
+        Patterns((*ignore, *listed), tuple(include)),
+        resources,
+        ExpertOptions(ExpertForm(experts), ExpertLayout(expert_layout) if expert_layout else None),
+    )
 
 
 def _lines_of(file: TextIO) -> tuple[str, ...]:
@@ -360,13 +438,10 @@ def _lines_of(file: TextIO) -> tuple[str, ...]:
         raise SchemeError(f"--ignore-from {file.name}: expected UTF-8: {error}") from error
 
 
-def _show_plan(checkpoint: Checkpoint, plan: Plan, as_json: bool, tensors: bool) -> None:
+def _show_plan(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
     with _stdout():
         if as_json:
             click.echo(dump(plan_json(checkpoint, plan), sys.stdout.isatty()))
-        elif tensors:
-            for line in tensor_lines(plan):
-                click.echo(line)
         else:
             print_plan(checkpoint, plan, sys.stdout)
 

@@ -8,10 +8,12 @@ format forbids. Format: https://github.com/huggingface/safetensors#format.
 
 import json
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
+from json.encoder import encode_basestring_ascii as _quoted
+from typing import Protocol
 
 from fp8stream.header import DTYPE_BITS
 
@@ -21,7 +23,7 @@ HEADER_ROOM = 2 * PAGE
 INDEX_NAME = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OutputTensor:
     """A tensor of the output: its name, dtype (the format's name for it) and shape."""
 
@@ -29,92 +31,163 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
+class Part(Protocol):
+    """What goes into a file: one or more tensors, made when they are asked for."""
+
+    @property
+    def room(self) -> int:
+        """Bytes that the entries in the header take, at most."""
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the data."""
+
+    def outputs(self) -> list[OutputTensor]:
+        """The tensors."""
+
+
 @dataclass(frozen=True)
 class OutputFile:
-    """A planned file: its final header, and each tensor's first byte counted from the file's."""
+    """A planned file of `size` bytes, in which the data begins at byte `data_begin`."""
 
     name: str
-    header: bytes
+    parts: tuple[Part, ...]
+    metadata: tuple[tuple[str, str], ...]
+    data_begin: int
     size: int
-    tensors: tuple[OutputTensor, ...]
-    offsets: tuple[int, ...]
+
+    @cached_property
+    def tensors(self) -> tuple[OutputTensor, ...]:
+        """The tensors in the order of their data, by alignment."""
+        every = (tensor for part in self.parts for tensor in part.outputs())
+        return tuple(sorted(every, key=lambda tensor: -DTYPE_BITS[tensor.dtype]))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Each tensor's first byte, counted from the file's."""
+        sizes = (tensor.nbytes for tensor in self.tensors)
+        return tuple(accumulate(sizes, initial=self.data_begin))[:-1]
+
+    @property
+    def header(self) -> bytes:
+        """What stands before the data: its length, the entries, and blanks up to a page."""
+        entries = [f'"__metadata__":{json.dumps(dict(self.metadata), separators=(",", ":"))}']
+        for tensor, offset in zip(self.tensors, self.offsets, strict=True):
+            entries.append(_entry(tensor, offset - self.data_begin))
+        text = f"{{{','.join(entries)}}}".encode()
+        return (self.data_begin - 8).to_bytes(8, "little") + text.ljust(self.data_begin - 8)
 
 
-def natural_key(name: str) -> list[tuple[int, str, str]]:
-    """Sorts `layers.2` before `layers.10`, by length first so that no number is too long."""
-    parts = enumerate(re.split(r"([0-9]+)", name))
-    keys = [(part.lstrip("0") if at % 2 else "", part) for at, part in parts]
-    return [(len(number), number, part) for number, part in keys]
+def entry_room(name: str, sides: int) -> int:
+    """Bytes that the entry of tensor `name` takes in a header or an index, at most."""
+    return len(_quoted(name)) + 20 * sides + 100
 
 
 def pack(
-    layers: Iterable[Sequence[OutputTensor]], max_file_bytes: int, metadata: dict[str, str]
+    layers: Iterable[Sequence[Part]], max_file_bytes: int, metadata: Mapping[str, str]
 ) -> tuple[OutputFile, ...]:
     """Files of at most `max_file_bytes` that hold `layers` in order, each layer in one file.
 
-    A layer that is larger than a file by itself is cut between tensors; a tensor that is, gets a
-    file of its own. No file is empty.
+    A layer that is larger than a file by itself is cut between its parts, a part between its
+    tensors; a tensor that is larger, gets a file of its own. No file is empty.
     """
-    groups: list[list[OutputTensor]] = [[]]
-    filled = HEADER_ROOM
+    groups = [_Group()]
+    limit = max_file_bytes - HEADER_ROOM
     for layer in layers:
-        whole = sum(map(_cost, layer))
-        for part in [layer] if whole + HEADER_ROOM <= max_file_bytes else [[t] for t in layer]:
-            cost = sum(map(_cost, part))
-            if groups[-1] and filled + cost > max_file_bytes:
-                groups.append([])
-                filled = HEADER_ROOM
-            groups[-1].extend(part)
-            filled += cost
+        for run in _fitting(layer, limit):
+            if groups[-1].parts and groups[-1].cost + run.cost > limit:
+                groups.append(_Group())
+            groups[-1].take(run)
     return tuple(
-        _output_file(_file_name(number, len(groups)), group, metadata)
-        for number, group in enumerate(groups, start=1)
+        group.file(_file_name(number, len(groups)), metadata)
+        for number, group in enumerate(groups, 1)
     )
 
 
-def _cost(tensor: OutputTensor) -> int:
-    """Bytes of a tensor in its file: the data, and no less than its entry in the header."""
-    return tensor.nbytes + len(json.dumps(tensor.name)) + 20 * len(tensor.shape) + 100
+class _Group:
+    """Parts that stay together, and what they take."""
+
+    def __init__(self, parts: Sequence[Part] = ()) -> None:
+        self.parts = list(parts)
+        self.room = sum([part.room for part in parts])
+        self.output_bytes = sum([part.output_bytes for part in parts])
+
+    @property
+    def cost(self) -> int:
+        """Bytes in a file."""
+        return self.room + self.output_bytes
+
+    def take(self, other: "_Group") -> None:
+        """Adds the parts of `other`."""
+        self.parts += other.parts
+        self.room += other.room
+        self.output_bytes += other.output_bytes
+
+    def file(self, name: str, metadata: Mapping[str, str]) -> OutputFile:
+        """The parts as a file: what they leave of the header is blanks up to a page."""
+        begin = -(-(self.room + HEADER_ROOM - PAGE) // PAGE) * PAGE
+        size = begin + self.output_bytes
+        return OutputFile(name, tuple(self.parts), tuple(metadata.items()), begin, size)
+
+
+def _fitting(layer: Sequence[Part], limit: int) -> Iterator[_Group]:
+    """A layer whole, or what is larger than `limit` by parts, or by the tensors of a part."""
+    whole = _Group(layer)
+    if whole.cost <= limit:
+        yield whole
+    elif len(layer) > 1:
+        for part in layer:
+            yield from _fitting([part], limit)
+    else:
+        yield from (_Group([_Alone(tensor)]) for tensor in layer[0].outputs())
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A tensor that is a part by itself."""
+
+    tensor: OutputTensor
+
+    @property
+    def room(self) -> int:
+        return entry_room(self.tensor.name, len(self.tensor.shape))
+
+    @property
+    def output_bytes(self) -> int:
+        return self.tensor.nbytes
+
+    def outputs(self) -> list[OutputTensor]:
+        return [self.tensor]
+
+
+def _entry(tensor: OutputTensor, begin: int) -> str:
+    """A tensor's entry in the header; the encoder of `json` takes many times as long."""
+    shape = ",".join(map(str, tensor.shape))
+    offsets = f"{begin},{begin + tensor.nbytes}"
+    fields = f'"dtype":"{tensor.dtype}","shape":[{shape}],"data_offsets":[{offsets}]'
+    return f"{_quoted(tensor.name)}:{{{fields}}}"
 
 
 def _file_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _output_file(
-    name: str, tensors: Sequence[OutputTensor], metadata: dict[str, str]
-) -> OutputFile:
-    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])
-    entries: dict[str, object] = {"__metadata__": metadata}
-    begin = 0
-    begins: list[int] = []
-    for tensor in ordered:
-        end = begin + tensor.nbytes
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begins.append(begin)
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    data_begin = -(-(8 + len(text)) // PAGE) * PAGE
-    header = (data_begin - 8).to_bytes(8, "little") + text.ljust(data_begin - 8)
-    offsets = tuple(data_begin + offset for offset in begins)
-    return OutputFile(name, header, data_begin + begin, tuple(ordered), offsets)
-
-
 def index_bytes(files: Sequence[OutputFile]) -> bytes:
     """The index that goes with several files: total_size and weight_map, sorted by name."""
-    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: weight_map[name] for name in sorted(weight_map)},
-    }
-    return (json.dumps(index, indent=2) + "\n").encode()
+    weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    entries = ",\n".join(_index_entry(name, weight_map[name]) for name in sorted(weight_map))
+    return (_INDEX_HEAD % total + entries + _INDEX_TAIL).encode()
+
+
+_INDEX_HEAD = '{\n  "metadata": {\n    "total_size": %d\n  },\n  "weight_map": {\n'
+_INDEX_TAIL = "\n  }\n}\n"
+
+
+def _index_entry(name: str, file: str) -> str:
+    return f'    {_quoted(name)}: "{file}"'

@@ -5,7 +5,8 @@ the progress bar and the predicted peak memory are all read off the object that 
 follows.
 """
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,21 +14,23 @@ from typing import Any
 
 from fp8stream import __version__
 from fp8stream.checkpoint import Checkpoint
+from fp8stream.declaration import Modules, declare
+from fp8stream.engines import fall_back, keep_unquantized
 from fp8stream.errors import SchemeError
+from fp8stream.experts import AS_KNOWN, Arrangement, ExpertOptions, arrange
 from fp8stream.header import TensorSpec
-from fp8stream.layout import OutputFile, OutputTensor, index_bytes, natural_key, pack
+from fp8stream.layout import OutputFile, OutputTensor, entry_room, pack
 from fp8stream.memory import SlabDemand, Workspace, format_size, plan_workspace
 from fp8stream.policy import Patterns, decide
-from fp8stream.roles import Classified, Role, classify, fused_partners, is_tied
-from fp8stream.scheme import (
-    BLOCK,
-    CODE_DTYPE,
-    EXPERTS_TARGET,
-    SCALE_DTYPE,
-    Granularity,
-    OutputFormat,
-    Scheme,
-)
+from fp8stream.roles import Classified, Role, classify, expert_module, fused_set, is_tied
+from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.structure import Config, Family, in_order
+from fp8stream.views import Runs
+from fp8stream.weights import Kept, LinearLayers, StackedExperts, Treatment, WeightPlan
+
+_METADATA = {"format": "pt", "fp8stream": __version__}
+# What a name grows by, at most: `.123456.gate_proj.weight_scale_inv`.
+_SUFFIX = 40
 
 
 @dataclass(frozen=True)
@@ -40,43 +43,103 @@ class Resources:
     on_gpu: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """What happens to one source tensor. `granularity` is None for a tensor that is kept."""
+    """What happens to one source tensor."""
 
     spec: TensorSpec
-    role: Role
-    granularity: Granularity | None
-    reason: str
-    fused_with: tuple[str, ...]
-    outputs: tuple[OutputTensor, ...]
+    treatment: Treatment
+
+    @property
+    def known(self) -> Classified:
+        return self.treatment.known
+
+    @property
+    def role(self) -> Role:
+        return self.treatment.known.role
+
+    @property
+    def reason(self) -> str:
+        return self.treatment.known.reason
+
+    @property
+    def granularity(self) -> Granularity | None:
+        """None for a tensor that is kept."""
+        return self.treatment.granularity
 
     @property
     def action(self) -> str:
-        return "quantize" if self.granularity else "keep"
+        return "quantize" if self.treatment.count else "keep"
+
+    @property
+    def weights(self) -> tuple[WeightPlan, ...]:
+        """The weights that lie in the tensor; none of one that is kept."""
+        return self.treatment.weights(self.spec)
+
+    @property
+    def output_names(self) -> list[str]:
+        return self.treatment.names(self.spec)
+
+    def outputs(self) -> list[OutputTensor]:
+        """The tensors of the output that this one becomes, or becomes a part of."""
+        return self.treatment.outputs(self.spec)
+
+    @property
+    def output_bytes(self) -> int:
+        return self.treatment.nbytes(self.spec)
+
+    @property
+    def room(self) -> int:
+        """Bytes that the outputs take in a header, at most: their names grow by a suffix."""
+        count = 2 * self.treatment.count or 1
+        return count * (entry_room(self.spec.name, max(3, len(self.spec.shape))) + _SUFFIX)
 
     @property
     def is_layer(self) -> bool:
         """Whether this is a layer in the sense of the counts: one weight with two sides or more."""
-        return self.spec.name.endswith(".weight") and len(self.spec.shape) >= 2
+        weight = self.known.stacked or self.spec.name.endswith(".weight")
+        return weight and len(self.spec.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors that are alike, by template, shape and dtype, and are treated alike."""
+
+    template: str
+    treatment: Treatment
+    members: list[TensorSpec]
+
+    @property
+    def first(self) -> TensorSpec:
+        return self.members[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source."""
+        return len(self.members) * self.first.nbytes
+
+    @property
+    def is_layer(self) -> bool:
+        return TensorPlan(self.first, self.treatment).is_layer
 
 
 @dataclass(frozen=True)
 class Slab:
     """A run of rows of a weight that goes through a worker's buffers at once."""
 
-    tensor: TensorPlan
-    granularity: Granularity
+    weight: WeightPlan
     first_row: int
     rows: int
 
     @property
-    def nbytes(self) -> int:
-        return self.rows * _row_bytes(self.tensor.spec)
+    def runs(self) -> Runs:
+        """Where the rows lie in the source tensor, in elements."""
+        return self.weight.source.runs(self.first_row, self.rows, self.weight.shape[1])
 
     @property
-    def offset(self) -> int:
-        return self.tensor.spec.offset + self.first_row * _row_bytes(self.tensor.spec)
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return self.runs.elements * self.weight.spec.itemsize
 
 
 @dataclass(frozen=True)
@@ -85,40 +148,33 @@ class LayerPlan:
     a fused set where one scale serves them all."""
 
     name: str
-    tensors: tuple[TensorPlan, ...]
-
-    @property
-    def quantized(self) -> tuple[TensorPlan, ...]:
-        return tuple(tensor for tensor in self.tensors if tensor.granularity)
-
-    @property
-    def kept(self) -> tuple[TensorPlan, ...]:
-        return tuple(tensor for tensor in self.tensors if not tensor.granularity)
+    weights: list[WeightPlan]
+    kept: list[TensorPlan]
 
     @property
     def shares_scale(self) -> bool:
-        return any(tensor.granularity is Granularity.TENSOR for tensor in self.tensors)
+        return any(weight.granularity is Granularity.TENSOR for weight in self.weights)
 
     def slabs(self, slab_bytes: int) -> Iterator[Slab]:
-        """The rows of the layer's quantized weights, at most `slab_bytes` of source at a time."""
-        for tensor in self.tensors:
-            if tensor.granularity is None:
-                continue
-            rows = tensor.spec.shape[0]
-            multiple = _row_multiple(tensor)
-            step = max(multiple, slab_bytes // _row_bytes(tensor.spec) // multiple * multiple)
+        """The rows of the layer's weights, at most `slab_bytes` of source at a time."""
+        for weight in self.weights:
+            rows, multiple = weight.shape[0], weight.row_multiple
+            step = max(multiple, slab_bytes // weight.row_bytes // multiple * multiple)
             for row in range(0, rows, step):
-                yield Slab(tensor, tensor.granularity, row, min(step, rows - row))
+                yield Slab(weight, row, min(step, rows - row))
 
     def bytes_read(self, slab_bytes: int) -> int:
         """Source bytes read: a shared scale takes a pass of its own unless one slab holds all."""
-        once = sum(tensor.spec.nbytes for tensor in self.quantized)
+        once = sum(weight.nbytes for weight in self.weights)
         again = self.shares_scale and sum(1 for _ in self.slabs(slab_bytes)) > 1
         return once * (2 if again else 1) + sum(tensor.spec.nbytes for tensor in self.kept)
 
     @property
     def bytes_written(self) -> int:
-        return sum(output.nbytes for tensor in self.tensors for output in tensor.outputs)
+        kept = sum(tensor.spec.nbytes for tensor in self.kept)
+        grids = (math.prod(w.granularity.scale_shape(w.shape)) for w in self.weights)
+        codes = sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
+        return kept + codes + 4 * sum(grids)
 
 
 @dataclass(frozen=True)
@@ -126,32 +182,39 @@ class Plan:
     """Everything a conversion will do. `config` is the output's whole config.json."""
 
     scheme: Scheme
-    layers: tuple[LayerPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    kinds: tuple[Kind, ...]
     files: tuple[OutputFile, ...]
     config: Mapping[str, Any]
     workspace: Workspace
     side_bytes: int
+    tied: bool
     warnings: tuple[str, ...]
 
     @cached_property
-    def tensors(self) -> tuple[TensorPlan, ...]:
-        return tuple(tensor for layer in self.layers for tensor in layer.tensors)
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The units of work, in the order of their first tensor."""
+        return _layers(self.tensors)
 
     def with_resources(self, resources: Resources) -> "Plan":
         """The same plan with other buffers. Raises BudgetError."""
-        return replace(self, workspace=_plan_workspace(self.tensors, resources))
+        return replace(self, workspace=_plan_workspace(self.kinds, resources))
 
     @property
     def layers_quantized(self) -> int:
-        return sum(1 for tensor in self.tensors if tensor.granularity)
+        return sum(kind.treatment.count * len(kind.members) for kind in self.kinds)
 
     @property
     def layers_kept(self) -> int:
-        return sum(1 for tensor in self.tensors if tensor.is_layer and not tensor.granularity)
+        kept = (kind for kind in self.kinds if not kind.treatment.count and kind.is_layer)
+        return sum(len(kind.members) for kind in kept)
 
-    @property
+    @cached_property
     def bytes_read(self) -> int:
-        return sum(layer.bytes_read(self.workspace.slab_bytes) for layer in self.layers)
+        """Source bytes read; tensor scales take a further pass where a slab does not hold all."""
+        if self.scheme.granularity is Granularity.TENSOR:
+            return sum(layer.bytes_read(self.workspace.slab_bytes) for layer in self.layers)
+        return sum(kind.nbytes for kind in self.kinds)
 
     @property
     def bytes_written(self) -> int:
@@ -160,56 +223,75 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the whole output takes: tensors, index, side files; config.json is small."""
-        index = len(index_bytes(self.files)) if len(self.files) > 1 else 0
+        """Bytes that the whole output takes, an index as large as the headers with it."""
+        headers = sum(file.data_begin for file in self.files)
+        index = headers if len(self.files) > 1 else 0
         return self.bytes_written + index + self.side_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        elements = sum(tensor.spec.numel for tensor in self.tensors)
-        written = sum(layer.bytes_written for layer in self.layers)
+        elements = sum(len(kind.members) * kind.first.numel for kind in self.kinds)
+        written = sum(file.size - file.data_begin for file in self.files)
         return 8 * written / max(1, elements)
+
+    @cached_property
+    def fused_with(self) -> Mapping[str, tuple[str, ...]]:
+        """For every member of a fused set, the names of the others."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for tensor in self.tensors:
+            key = fused_set(tensor.spec.name, tensor.known)
+            if key is not None:
+                found[key].append(tensor.spec.name)
+        return {
+            name: tuple(other for other in members if other != name)
+            for members in found.values()
+            for name in members
+        }
 
 
 def plan_quantization(
-    checkpoint: Checkpoint, scheme: Scheme, patterns: Patterns, resources: Resources
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    patterns: Patterns,
+    resources: Resources,
+    experts: ExpertOptions = AS_KNOWN,
 ) -> Plan:
     """Plans the conversion of `checkpoint`. Reads nothing.
 
-    Raises SchemeError for a pattern that matches nothing, BudgetError for a budget that is too
-    small.
+    Raises SchemeError for a pattern that matches nothing and for what the format cannot say,
+    CheckpointError where config.json contradicts the shapes of experts, BudgetError for a budget
+    that is too small.
     """
     warnings = list(checkpoint.warnings)
-    tensors = sorted(checkpoint.tensors, key=lambda tensor: natural_key(tensor.name))
-    tied = is_tied(tensors)
-    classified = classify(tensors, checkpoint.config)
+    config = Config(checkpoint.config)
+    ordered = in_order(checkpoint.tensors)
+    classified = keep_unquantized(classify(ordered, config), config)
+    tied = is_tied(classified)
     if checkpoint.quantized_as:
-        classified = {name: _as_it_is(known) for name, known in classified.items()}
+        classified = {family: _as_it_is(known) for family, known in classified.items()}
         warnings.append(f"already quantized ({checkpoint.quantized_as}): quantize refuses it")
-    decided = decide(tensors, classified, patterns, tied, warnings)
-    planned = _plan_tensors(tensors, decided, scheme)
-    _check_unique(planned)
-    layers = _group(planned, decided)
-    files = pack(
-        ([out for tensor in layer.tensors for out in tensor.outputs] for layer in layers),
-        resources.max_shard_size,
-        {"format": "pt", "fp8stream": __version__},
-    )
-    largest = max((tensor.nbytes for file in files for tensor in file.tensors), default=0)
-    if largest > resources.max_shard_size:
-        warnings.append(
-            f"--max-shard-size {format_size(resources.max_shard_size)} is less than the largest "
-            f"tensor, which takes a file of {format_size(largest)}"
-        )
+    families, arrangements = arrange(classified, config, scheme, experts)
+    decided = decide(families, patterns, tied, warnings)
+    decided, to_channel = fall_back(families, decided, scheme, config, warnings)
+    planner = _Planner(scheme, decided, to_channel, arrangements)
+    kinds = tuple(kind for family in families for kind in planner.kinds(family))
+    treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
+    planned = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
+    _check_unique(kinds, scheme)
+    files = pack(_modules_of(planned), resources.max_shard_size, _METADATA)
+    warnings += _size_warnings(kinds, resources)
     if not checkpoint.quantized_as:
-        warnings += _coverage_warnings(planned, scheme)
+        warnings += _coverage_warnings(kinds)
+        warnings += _reader_warnings(kinds, scheme)
     return Plan(
         scheme,
-        layers,
+        planned,
+        kinds,
         files,
-        {**checkpoint.config, "quantization_config": _config(planned, decided, scheme, tied)},
-        _plan_workspace(planned, resources),
+        {**checkpoint.config, "quantization_config": declare(scheme, _modules(planned, tied))},
+        _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
+        tied,
         tuple(warnings),
     )
 
@@ -219,143 +301,196 @@ def _as_it_is(known: Classified) -> Classified:
     return replace(known, quantize=False, quantizable=False, reason=reason)
 
 
-def _plan_tensors(
-    tensors: Sequence[TensorSpec], decided: Mapping[str, Classified], scheme: Scheme
-) -> list[TensorPlan]:
-    partners = fused_partners(decided)
-    planned = []
-    for spec in tensors:
-        known = decided[spec.name]
+@dataclass(frozen=True)
+class _Planner:
+    """Makes the plan of each tensor from what was decided for all."""
+
+    scheme: Scheme
+    decided: Mapping[str, Classified]
+    to_channel: set[str]
+    arrangements: Mapping[Family, Arrangement]
+
+    def kinds(self, family: Family) -> list[Kind]:
+        """The family's members, parted where they are treated differently."""
+        kinds: dict[Treatment, Kind] = {}
+        same: dict[tuple[int, bool], Kind] = {}  # as comparing treatments takes its time
+        for spec in family.members:
+            known = self.decided[spec.name]
+            key = id(known), spec.name in self.to_channel
+            if key not in same:
+                treatment = self._treatment(family, known, self._granularity(spec, known))
+                same[key] = kinds.setdefault(treatment, Kind(family.template, treatment, []))
+            same[key].members.append(spec)
+        return list(kinds.values())
+
+    def _treatment(self, family: Family, known: Classified, granularity: Granularity) -> Treatment:
+        if not known.quantize:
+            return Kept(known)
+        arrangement = self.arrangements.get(family)
+        if arrangement:
+            return StackedExperts(known, granularity, family.shape, arrangement, self.scheme)
+        rows, columns = family.shape
+        return LinearLayers(known, granularity, (rows, columns), self.scheme)
+
+    def _granularity(self, spec: TensorSpec, known: Classified) -> Granularity:
+        if spec.name in self.to_channel:
+            return Granularity.CHANNEL
         expert = known.role is Role.EXPERT
-        chosen = scheme.expert_granularity if expert else scheme.granularity
-        granularity = chosen if known.quantize else None
-        outputs = _outputs(spec, granularity, scheme)
-        others = partners.get(spec.name, ())
-        planned.append(TensorPlan(spec, known.role, granularity, known.reason, others, outputs))
-    return planned
+        return self.scheme.expert_granularity if expert else self.scheme.granularity
 
 
-def _outputs(
-    spec: TensorSpec, granularity: Granularity | None, scheme: Scheme
-) -> tuple[OutputTensor, ...]:
-    if granularity is None:
-        return (OutputTensor(spec.name, spec.dtype, spec.shape),)
-    scale = f"{spec.module}.{scheme.scale_suffix}" if spec.module else scheme.scale_suffix
-    return (
-        OutputTensor(spec.name, CODE_DTYPE, spec.shape),
-        OutputTensor(scale, SCALE_DTYPE, granularity.scale_shape(spec.shape)),
-    )
-
-
-def _check_unique(planned: Sequence[TensorPlan]) -> None:
-    names = Counter(output.name for tensor in planned for output in tensor.outputs)
-    for name, count in names.items():
-        if count > 1:
-            raise SchemeError(
-                f"tensor {name!r}: the source has it already, where the scale of its layer would "
-                "stand; keep that layer with --ignore"
-            )
-
-
-def _group(
-    planned: Sequence[TensorPlan], decided: Mapping[str, Classified]
-) -> tuple[LayerPlan, ...]:
-    """Layers in the order of their first tensor."""
-    layers: dict[str, list[TensorPlan]] = {}
-    owner: dict[str, str] = {}
+def _layers(planned: Sequence[TensorPlan]) -> tuple[LayerPlan, ...]:
+    """Layers in the order of their first tensor; what a module keeps goes with its weight."""
+    shared = {t.spec.module: w.shared for t in planned for w in t.weights if w.shared}
+    layers: dict[str, LayerPlan] = {}
     for tensor in planned:
-        if tensor.granularity is Granularity.TENSOR:
-            shared = decided[tensor.spec.name].fused_set
-            owner[tensor.spec.module] = shared or tensor.spec.module
+        for weight in tensor.weights:
+            _layer(layers, _layer_name(tensor, weight)).weights.append(weight)
+        if not tensor.weights:
+            module = tensor.spec.module
+            name = shared.get(module) or module or tensor.spec.name
+            _layer(layers, name).kept.append(tensor)
+    return tuple(layers.values())
+
+
+def _layer(layers: dict[str, LayerPlan], name: str) -> LayerPlan:
+    layer = layers.get(name)
+    if layer is None:
+        layer = layers[name] = LayerPlan(name, [], [])
+    return layer
+
+
+def _layer_name(tensor: TensorPlan, weight: WeightPlan) -> str:
+    if weight.shared:
+        return weight.shared
+    return weight.name if tensor.known.stacked else tensor.spec.module or tensor.spec.name
+
+
+def _modules_of(planned: Sequence[TensorPlan]) -> Iterator[list[TensorPlan]]:
+    """Tensors that follow each other and belong to one module, together."""
+    together: list[TensorPlan] = []
+    module = None
     for tensor in planned:
-        name = owner.get(tensor.spec.module, tensor.spec.module) or tensor.spec.name
-        layers.setdefault(name, []).append(tensor)
-    return tuple(LayerPlan(name, tuple(members)) for name, members in layers.items())
+        owner = tensor.spec.module
+        if owner != module and together:
+            yield together
+            together = []
+        module = owner
+        together.append(tensor)
+    if together:
+        yield together
 
 
-def _plan_workspace(planned: Sequence[TensorPlan], resources: Resources) -> Workspace:
-    demand = _demand(planned)
+def _check_unique(kinds: Sequence[Kind], scheme: Scheme) -> None:
+    """Refuses a name that an output would have and another tensor has already."""
+    stacked = [kind for kind in kinds if kind.treatment.count and kind.treatment.known.stacked]
+    members = [spec.name for kind in kinds for spec in kind.members]
+    # Only such a name can be that of a linear layer's scales, and no two of those are the same.
+    like_scales = {name for name in members if name.endswith(scheme.scale_suffix)}
+    taken = set(members) if stacked else like_scales
+    for kind in kinds if like_scales else stacked:
+        for spec in kind.members if kind.treatment.count else ():
+            for name in kind.treatment.names(spec):
+                if name != spec.name and name in taken:
+                    raise SchemeError(
+                        f"tensor {name!r}: the source has it already, where an output of "
+                        f"{spec.name} would stand; keep that one with --ignore"
+                    )
+
+
+def _plan_workspace(kinds: Sequence[Kind], resources: Resources) -> Workspace:
+    demand = _demand(kinds)
     return plan_workspace(demand, resources.memory_budget, resources.threads, resources.on_gpu)
 
 
-def _demand(planned: Sequence[TensorPlan]) -> SlabDemand:
-    quantized = [tensor for tensor in planned if tensor.granularity]
-    if not quantized:
+def _demand(kinds: Sequence[Kind]) -> SlabDemand:
+    weights = [kind.treatment.weights(kind.first)[0] for kind in kinds if kind.treatment.count]
+    if not weights:
         return SlabDemand()
     return SlabDemand(
-        row_bytes=max(_row_bytes(t.spec) * _row_multiple(t) for t in quantized),
-        tensor_bytes=max(tensor.spec.nbytes for tensor in quantized),
-        row_elements=max(tensor.spec.shape[1] for tensor in quantized),
-        itemsize=min(tensor.spec.itemsize for tensor in quantized),
-        layers=len(quantized),
+        row_bytes=max(weight.row_bytes * weight.row_multiple for weight in weights),
+        tensor_bytes=max(weight.row_bytes * weight.shape[0] for weight in weights),
+        row_elements=max(weight.shape[1] for weight in weights),
+        itemsize=min(weight.spec.itemsize for weight in weights),
+        layers=sum(kind.treatment.count * len(kind.members) for kind in kinds),
     )
 
 
-def _row_bytes(spec: TensorSpec) -> int:
-    return spec.shape[1] * spec.itemsize
-
-
-def _row_multiple(tensor: TensorPlan) -> int:
-    multiple = tensor.granularity.row_multiple if tensor.granularity else 1
-    return min(multiple, tensor.spec.shape[0])
-
-
-def _config(
-    planned: Sequence[TensorPlan],
-    decided: Mapping[str, Classified],
-    scheme: Scheme,
-    tied: bool,
-) -> dict[str, Any]:
-    """The quantization_config: what is quantized how, and every linear-like module that is not."""
-    targets = {scheme.granularity: ["Linear"]}
-    if any(t.granularity not in (None, scheme.granularity) for t in planned):
-        targets[scheme.expert_granularity] = [EXPERTS_TARGET]
-    # A tied head is in no file, but it is a module of the model: it must be named all the same.
-    ignore = ["lm_head"] if tied else []
-    experts: dict[str, None] = {}
+def _modules(planned: Sequence[TensorPlan], tied: bool) -> Modules:
+    """What engines take for linear layers, and the granularity of each."""
+    modules = Modules()
+    if tied:
+        # In no file, but a module of the model: it must be named all the same.
+        modules.linear["lm_head"] = None
+    within = ""
     for tensor in planned:
-        known = decided[tensor.spec.name]
-        if known.quantize:
+        if not tensor.known.linear_like or (within and tensor.spec.name.startswith(within)):
             continue
-        if tensor.role is Role.EXPERT:
-            experts[known.expert_set or _experts_prefix(tensor.spec)] = None
-        elif known.linear_like:
-            ignore.append(tensor.spec.module)
-    return scheme.quantization_config(targets, ignore, list(experts))
+        module = expert_module(tensor.spec.name) if tensor.role is Role.EXPERT else ""
+        # Under another name engines would not know them for experts.
+        if module.endswith("experts") or tensor.known.stacked:
+            within = f"{module}."
+            modules.experts[module] = tensor.granularity
+        else:
+            modules.linear[tensor.spec.module] = tensor.granularity
+    return modules
 
 
-def _experts_prefix(spec: TensorSpec) -> str:
-    """`a.experts` of `a.experts.gate_up_proj` or of `a.experts.3.w1.bias`."""
-    head, _, _ = spec.name.partition(".experts.")
-    return head + ".experts"
+def _size_warnings(kinds: Sequence[Kind], resources: Resources) -> Iterator[str]:
+    outputs = (output for kind in kinds for output in kind.treatment.outputs(kind.first))
+    largest = max((output.nbytes for output in outputs), default=0)
+    if largest > resources.max_shard_size:
+        yield (
+            f"--max-shard-size {format_size(resources.max_shard_size)} is less than the largest "
+            f"tensor, which takes a file of {format_size(largest)}"
+        )
 
 
-def _coverage_warnings(planned: Sequence[TensorPlan], scheme: Scheme) -> Iterator[str]:
-    total = Counter[bool]()
-    for tensor in planned:
-        total[tensor.granularity is not None] += tensor.spec.nbytes
-    if not total[True]:
-        yield "nothing is quantized: no layer was recognised; see the reasons, and --include"
-    elif total[False] > total[True]:
-        share = 100 * total[False] / (total[True] + total[False])
-        yield f"{share:.0f} % of the source's bytes are kept as they are: see the reasons"
-    quantized = [tensor for tensor in planned if tensor.granularity]
+def _coverage_warnings(kinds: Sequence[Kind]) -> Iterator[str]:
+    kept = Counter[str]()
+    for kind in kinds:
+        if not kind.treatment.count:
+            kept[kind.treatment.known.reason] += kind.nbytes
+    total = sum(kind.nbytes for kind in kinds)
+    if not any(kind.treatment.count for kind in kinds):
+        yield "nothing is quantized: see the reasons, and --include"
+    elif 2 * kept.total() > total:
+        ((reason, size), *_) = kept.most_common(1)
+        yield (
+            f"{100 * kept.total() / total:.0f} % of bytes stay in 16 bit, the most of them "
+            f"({100 * size / total:.0f} %) for one reason: {reason}"
+        )
     for role in (Role.ROUTER, Role.LM_HEAD):
-        found = [tensor.spec.name for tensor in quantized if tensor.role is role]
+        found = [
+            spec.name
+            for kind in kinds
+            if kind.treatment.count and kind.treatment.known.role is role
+            for spec in kind.members
+        ]
         if found:
             yield f"engines may not load an FP8 {role.value}: {_some(found)}"
-    ragged = [
-        tensor.spec.name
-        for tensor in quantized
-        if tensor.granularity is Granularity.BLOCK and any(s % BLOCK for s in tensor.spec.shape)
-    ]
-    if ragged:
-        verb = "misreads" if scheme.format is OutputFormat.FP8 else "cannot run"
-        yield (
-            f"a side is no multiple of {BLOCK}: {_some(ragged)}; transformers {verb} block scales "
-            "there, and vLLM refuses them in a fused set: --scheme channel with --format "
-            "compressed-tensors has no such limit"
-        )
+
+
+def _reader_warnings(kinds: Sequence[Kind], scheme: Scheme) -> Iterator[str]:
+    """What transformers does not read of what vLLM does."""
+    if (scheme.format, scheme.granularity) == (OutputFormat.FP8, Granularity.TENSOR):
+        yield "transformers reads no tensor scales under --format fp8; vLLM does"
+        return
+    caveats = {_caveat(kind, scheme): kind.template for kind in reversed(kinds)}
+    for caveat, template in caveats.items():
+        if caveat:
+            yield f"{caveat}: {template}"
+
+
+def _caveat(kind: Kind, scheme: Scheme) -> str:
+    """Who does not read what the experts of a kind become; empty if vLLM and transformers do."""
+    treatment = kind.treatment
+    if isinstance(treatment, StackedExperts):
+        return treatment.arrangement.caveat
+    expert = treatment.known.role is Role.EXPERT
+    blocks = scheme.format is OutputFormat.COMPRESSED_TENSORS
+    blocks = blocks and treatment.granularity is Granularity.BLOCK
+    return "transformers does not read such experts, vLLM does" if expert and blocks else ""
 
 
 def _some(names: Sequence[str]) -> str:

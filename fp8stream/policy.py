@@ -7,13 +7,14 @@ an error, and a set that follows one of its members is a warning.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 
 from fp8stream.errors import SchemeError
-from fp8stream.header import TensorSpec
-from fp8stream.roles import Classified
+from fp8stream.roles import Classified, expert_set, fused_set, sets
+from fp8stream.structure import Family
 
 
 @dataclass(frozen=True)
@@ -25,57 +26,72 @@ class Patterns:
 
 
 def decide(
-    tensors: Sequence[TensorSpec],
-    classified: Mapping[str, Classified],
+    families: Mapping[Family, Classified],
     patterns: Patterns,
     tied: bool,
     warnings: list[str],
 ) -> dict[str, Classified]:
-    """The default decisions of `classified`, changed by `patterns`.
+    """The default decisions of `families` for each tensor, by name, changed by `patterns`.
 
     `tied` lets a pattern name the output head, which no file holds then. Raises SchemeError for a
     pattern that matches nothing, with the nearest names, and for one that cannot be included.
     """
-    names = Names(tensors, tied)
+    decided = {t.name: known for family, known in families.items() for t in family.members}
+    names = Names(families, tied)
     ignored: dict[str, str] = {}
     for pattern in patterns.ignore:
         for name in names.match(pattern):
             ignored.setdefault(name, f"--ignore {pattern}")
     included: dict[str, str] = {}
     for pattern in patterns.include:
-        chosen = [name for name in names.match(pattern) if classified[name].quantizable]
+        chosen = [name for name in names.match(pattern) if decided[name].quantizable]
         if not chosen:
             raise SchemeError(
                 f"--include {pattern}: matches no weight that can be quantized: expected the "
                 "BF16, F16 or F32 matrix of a linear layer; see 'fp8stream inspect --tensors'"
             )
         included |= dict.fromkeys(chosen, f"--include {pattern}")
-    decided = dict(classified)
     _change(decided, included, True)
     _change(decided, ignored, False)
-    for key in ("fused_set", "expert_set"):
-        _together(decided, key, ignored, included, warnings)
+    for key_of, word in ((fused_set, "fused"), (expert_set, "one expert set")):
+        found = sets(families, key_of, lambda family: _choices(family, decided))
+        mixed = (names for names in found if len({decided[name].quantize for name in names}) > 1)
+        _together(decided, mixed, word, ignored, included, warnings)
     return decided
+
+
+def _choices(family: Family, decided: Mapping[str, Classified]) -> set[bool]:
+    return {decided[tensor.name].quantize for tensor in family.members}
 
 
 def _change(decided: dict[str, Classified], reasons: Mapping[str, str], quantize: bool) -> None:
     """Decides the tensors that `reasons` names, where that is not what was decided already."""
     for name, reason in reasons.items():
         if decided[name].quantize != quantize:
-            decided[name] = replace(decided[name], quantize=quantize, reason=reason)
+            decided[name] = decided[name].but(quantize, reason)
 
 
 class Names:
     """The names that a pattern may mean, so that thousands of exact ones are looked up quickly."""
 
-    def __init__(self, tensors: Sequence[TensorSpec], tied: bool) -> None:
+    def __init__(self, families: Iterable[Family], tied: bool) -> None:
         """`tied` says that the model has an `lm_head` that no file holds."""
+        self._families = list(families)
         self._tied = tied
-        self._modules = {tensor.name: tensor.module for tensor in tensors}
-        self._exact: dict[str, list[str]] = defaultdict(list)
+
+    @cached_property
+    def _modules(self) -> dict[str, str]:
+        """The module of every tensor."""
+        return {tensor.name: tensor.module for f in self._families for tensor in f.members}
+
+    @cached_property
+    def _exact(self) -> dict[str, list[str]]:
+        """The tensors that an exact name means."""
+        exact: dict[str, list[str]] = defaultdict(list)
         for name, module in self._modules.items():
-            self._exact[name].append(name)
-            self._exact[module].append(name)
+            exact[name].append(name)
+            exact[module].append(name)
+        return exact
 
     def match(self, pattern: str) -> Sequence[str]:
         """The tensors that `pattern` matches. Raises SchemeError when there is none."""
@@ -138,7 +154,8 @@ def _correct(parts: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _together(
     decided: dict[str, Classified],
-    key: str,
+    sets: Iterable[list[str]],
+    word: str,
     ignored: Mapping[str, str],
     included: Mapping[str, str],
     warnings: list[str],
@@ -147,17 +164,10 @@ def _together(
 
     What was asked for decides; left to itself, one kept member keeps the set.
     """
-    sets: dict[str, list[str]] = defaultdict(list)
-    for name, known in decided.items():
-        if getattr(known, key):
-            sets[getattr(known, key)].append(name)
-    word = "fused" if key == "fused_set" else "one expert set"
     followers: list[tuple[str, str]] = []
-    for members in sets.values():
+    for members in sets:
         kept = [name for name in members if not decided[name].quantize]
         quantized = [name for name in members if decided[name].quantize]
-        if not kept or not quantized:
-            continue
         asked = [name for name in quantized if name in included]
         grows = asked and all(decided[n].quantizable and n not in ignored for n in kept)
         because = asked[0] if grows else next((n for n in kept if n in ignored), kept[0])

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fp8stream.errors import CheckpointError
-from fp8stream.header import Shard
+from fp8stream.header import Shard, TensorSpec
+from fp8stream.views import Runs
 
 
 class Reader:
@@ -54,6 +55,16 @@ class ShardReader:
     def __init__(self, descriptor: int, path: Path) -> None:
         self.descriptor = descriptor
         self.path = path
+
+    def read_runs(self, buffer: memoryview, runs: Runs, spec: TensorSpec) -> None:
+        """Fills `buffer` with the runs of elements of `spec`, one after another.
+
+        Raises CheckpointError as `read_into` does.
+        """
+        size = runs.length * spec.itemsize
+        for run in range(runs.count):
+            offset = spec.offset + (runs.first + run * runs.step) * spec.itemsize
+            self.read_into(buffer[run * size : (run + 1) * size], offset, spec.name)
 
     def read_into(self, buffer: memoryview, offset: int, name: str) -> None:
         """Fills `buffer` from byte `offset` of the file, where tensor `name` lies.

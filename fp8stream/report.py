@@ -8,14 +8,20 @@ import json
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.memory import MemoryUsage, format_size
-from fp8stream.plan import Plan, TensorPlan
+from fp8stream.names import numbers_in, spans
+from fp8stream.parallel import safe_sizes
+from fp8stream.plan import Kind, Plan, TensorPlan
+from fp8stream.roles import Role
+from fp8stream.scheme import Granularity
+from fp8stream.structure import Config
+from fp8stream.summary import active_parameters, largest_layer, spread_modules
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,12 +77,12 @@ def plan_json(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             "output_files": len(plan.files),
             "peak_memory_bytes": plan.workspace.total_bytes,
         },
-        "tensors": [_tensor_json(tensor) for tensor in plan.tensors],
+        "tensors": [_tensor_json(tensor, plan.fused_with) for tensor in plan.tensors],
         "warnings": list(plan.warnings),
     }
 
 
-def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
+def _tensor_json(tensor: TensorPlan, fused: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     return {
         "name": tensor.spec.name,
         "dtype": tensor.spec.dtype,
@@ -86,8 +92,8 @@ def _tensor_json(tensor: TensorPlan) -> dict[str, Any]:
         "action": tensor.action,
         "scheme": tensor.granularity.value if tensor.granularity else None,
         "reason": tensor.reason,
-        "fused_with": list(tensor.fused_with),
-        "outputs": [output.name for output in tensor.outputs],
+        "fused_with": list(fused.get(tensor.spec.name, ())),
+        "outputs": tensor.output_names,
     }
 
 
@@ -111,9 +117,17 @@ def result_json(plan: Plan, result: Result) -> dict[str, Any]:
     }
 
 
-def tensor_lines(plan: Plan) -> Iterator[str]:
-    """The lines of `inspect --tensors`, a tab between fields."""
-    for tensor in plan.tensors:
+def tensor_lines(
+    plan: Plan, wanted: "re.Pattern[str] | None" = None, by_size: bool = False
+) -> Iterator[str]:
+    """The lines of `inspect --tensors`, a tab between fields.
+
+    Those alone in whose names `wanted` is found, in the plan's order or the largest first.
+    """
+    tensors = [t for t in plan.tensors if wanted is None or wanted.search(t.spec.name)]
+    if by_size:
+        tensors.sort(key=lambda tensor: -tensor.spec.nbytes)
+    for tensor in tensors:
         fields = (
             tensor.spec.name,
             tensor.action,
@@ -137,27 +151,58 @@ def escape(text: str) -> str:
 def print_plan(checkpoint: Checkpoint, plan: Plan, stream: TextIO) -> None:
     """What the checkpoint holds, what would happen to it and why, and the forecast."""
     with _console(stream) as console:
-        _print_source(console, checkpoint)
+        _print_rows(console, _source_rows(checkpoint, plan))
         _print_patterns(console, plan)
-        _print_forecast(console, plan)
+        console.print()
+        _print_rows(console, _forecast_rows(checkpoint, plan))
 
 
-def _print_source(console: "Console", checkpoint: Checkpoint) -> None:
+def _source_rows(checkpoint: Checkpoint, plan: Plan) -> list[tuple[str, str]]:
     sizes = checkpoint.bytes_by_dtype.items()
-    dtypes = ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes)
-    files = len(checkpoint.shards)
-    rows = [
+    active = active_parameters(plan, Config(checkpoint.config))
+    for_each = f", {active:,} of them for each token" if active else ""
+    return [
         ("checkpoint", str(checkpoint.path)),
-        ("architecture", checkpoint.architecture or checkpoint.model_type or "not named"),
-        ("parameters", f"{checkpoint.parameters:,} in {len(checkpoint.tensors):,} tensors"),
-        ("bytes", f"{dtypes}; {files} file{'s' if files > 1 else ''}"),
-        ("quantized as", checkpoint.quantized_as or "not quantized"),
+        ("architecture", _architecture(checkpoint)),
+        ("parameters", f"{checkpoint.parameters:,}{for_each}"),
+        ("tensors", f"{len(checkpoint.tensors):,} in {_files(checkpoint, plan)}"),
+        ("bytes", ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes)),
+        ("output head", _head(plan)),
+        ("quantized as", _quantized_as(checkpoint)),
     ]
-    _print_rows(console, rows)
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    named = [name for name in (checkpoint.architecture, checkpoint.model_type) if name]
+    return f"{named[0]} ({named[-1]})" if len(named) > 1 else (named or ["not named"])[0]
+
+
+def _files(checkpoint: Checkpoint, plan: Plan) -> str:
+    sizes = [shard.size for shard in checkpoint.shards]
+    if len(sizes) == 1:
+        return "1 file"
+    spread = spread_modules(plan)
+    across = f", {spread:,} layers in more than one" if spread else ""
+    return f"{len(sizes)} files of {format_size(min(sizes))} to {format_size(max(sizes))}{across}"
+
+
+def _quantized_as(checkpoint: Checkpoint) -> str:
+    if not checkpoint.quantized_as:
+        return "not quantized"
+    narrow = [t for t in checkpoint.tensors if t.itemsize == 1 and len(t.shape) > 1]
+    share = 100 * sum(t.nbytes for t in narrow) / max(1, sum(t.nbytes for t in checkpoint.tensors))
+    return f"{checkpoint.quantized_as}: {len(narrow):,} weights, {share:.0f} % of bytes"
+
+
+def _head(plan: Plan) -> str:
+    if plan.tied:
+        return "tied to the embedding, written once"
+    heads = [tensor.spec for tensor in plan.tensors if tensor.role is Role.LM_HEAD]
+    return ", ".join(f"{head.name} {list(head.shape)}" for head in heads) or "none"
 
 
 def _print_patterns(console: "Console", plan: Plan) -> None:
-    rows = [_pattern_row(pattern, tensors) for pattern, tensors in collapse(plan.tensors)]
+    rows = [_pattern_row(pattern, kinds) for pattern, kinds in collapse(plan.kinds)]
     console.print()
     if console.width < NARROW:
         _print_narrow(console, rows)
@@ -165,16 +210,16 @@ def _print_patterns(console: "Console", plan: Plan) -> None:
         _print_wide(console, rows)
 
 
-def _pattern_row(pattern: str, tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
-    first = tensors[0]
+def _pattern_row(pattern: str, kinds: Sequence[Kind]) -> tuple[str, ...]:
+    spec, treatment = kinds[0].first, kinds[0].treatment
     return (
         escape(pattern),
-        f"x{len(tensors)}",
-        str(list(first.spec.shape)),
-        first.spec.dtype,
-        f"FP8 {first.granularity.value}" if first.granularity else "keep",
-        format_size(sum(tensor.spec.nbytes for tensor in tensors)),
-        escape(_numberless(first.reason)),
+        f"x{sum(len(kind.members) for kind in kinds)}",
+        str(list(spec.shape)),
+        spec.dtype,
+        f"FP8 {treatment.granularity.value}" if treatment.granularity else "keep",
+        format_size(sum(kind.nbytes for kind in kinds)),
+        escape(_numberless(treatment.known.reason)),
     )
 
 
@@ -200,48 +245,32 @@ def _print_narrow(console: "Console", rows: Sequence[tuple[str, ...]]) -> None:
         console.print(Text(f"    {count} {shape} {dtype} {size} -> {action}: {reason}"))
 
 
-def collapse(tensors: Sequence[TensorPlan]) -> list[tuple[str, list[TensorPlan]]]:
+def collapse(kinds: Sequence[Kind]) -> list[tuple[str, list[Kind]]]:
     """Tensors that differ in layer and expert numbers alone, as `layers.[0-60].mlp...` patterns."""
-    groups: dict[tuple[object, ...], list[TensorPlan]] = defaultdict(list)
-    for tensor in tensors:
-        parts = (None if _is_number(part) else part for part in tensor.spec.name.split("."))
-        reason = _numberless(tensor.reason)
-        spec = tensor.spec
-        key = (*parts, spec.shape, spec.dtype, tensor.granularity, reason)
-        groups[key].append(tensor)
-    return [(_pattern([t.spec.name for t in group]), group) for group in groups.values()]
+    rows: dict[tuple[object, ...], list[Kind]] = defaultdict(list)
+    for kind in kinds:
+        spec, treatment = kind.first, kind.treatment
+        reason = _numberless(treatment.known.reason)
+        rows[kind.template, spec.shape, spec.dtype, treatment.granularity, reason].append(kind)
+    return [(_pattern(found), found) for found in rows.values()]
 
 
 def _numberless(name: str) -> str:
     return re.sub(r"(?<=\.)[0-9]{1,9}(?=\.)", "N", name)
 
 
-def _is_number(part: str) -> bool:
-    return re.fullmatch("[0-9]{1,9}", part) is not None
+def _pattern(kinds: Sequence[Kind]) -> str:
+    """The template with a span for every `*`: `7` for one number, `[0-3,5]` for several."""
+    numbers = (numbers_in(spec.name) for kind in kinds for spec in kind.members)
+    columns = [spans(column) for column in zip(*numbers, strict=True)]
+    texts = (f"[{','.join(c)}]" if len(c) > 1 or "-" in c[0] else c[0] for c in columns)
+    return re.sub(r"\*", lambda _: next(texts), kinds[0].template)
 
 
-def _pattern(names: Sequence[str]) -> str:
-    columns = zip(*(name.split(".") for name in names), strict=True)
-    return ".".join(_span(parts) for parts in columns)
-
-
-def _span(parts: Sequence[str]) -> str:
-    """`7` for one number, `[0-3,5]` for several, and any other part as it is."""
-    if len(set(parts)) == 1:
-        return parts[0]
-    numbers = sorted({int(part) for part in parts})
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1][1:] = [number]
-        else:
-            spans.append([number])
-    return "[" + ",".join("-".join(map(str, span)) for span in spans) + "]"
-
-
-def _print_forecast(console: "Console", plan: Plan) -> None:
+def _forecast_rows(checkpoint: Checkpoint, plan: Plan) -> list[tuple[str, str]]:
     files = len(plan.files)
     scheme = f"{plan.scheme.granularity.value} as {plan.scheme.format.value}"
+    name, size = largest_layer(plan)
     rows = [
         ("scheme", scheme),
         ("layers", f"{plan.layers_quantized:,} quantized, {plan.layers_kept:,} kept"),
@@ -249,10 +278,17 @@ def _print_forecast(console: "Console", plan: Plan) -> None:
         ("writes", f"{format_size(plan.bytes_written)} in {files} file{'s' if files > 1 else ''}"),
         ("bits per weight", f"{plan.bits_per_weight:.2f}"),
         ("disk needed", format_size(plan.disk_bytes)),
+        ("largest layer", f"{format_size(size)}, {name}"),
         ("peak memory", f"{format_size(plan.workspace.total_bytes)} over the baseline"),
     ]
-    console.print()
-    _print_rows(console, rows)
+    if any(tensor.granularity is Granularity.BLOCK for tensor in plan.tensors):
+        rows.append(("tensor parallel", _ranks(safe_sizes(plan, Config(checkpoint.config)))))
+    return rows
+
+
+def _ranks(sizes: Sequence[int]) -> str:
+    most = max(sizes)
+    return f"up to {most} ranks: {', '.join(map(str, sizes))}" if most > 1 else "1 rank"
 
 
 def print_result(plan: Plan, result: Result, stream: TextIO) -> None:

@@ -1,18 +1,28 @@
 """What a tensor is, and why it is quantized or kept: pure, from names, shapes, dtypes and config.
 
-Only what is recognised is quantized: a matrix named as a projection, in a layer that the language
-model repeats. Everything else keeps its bytes, with a reason. Known here: decoder-only transformers
-with separate or fused projections, tied embeddings, per-expert matrices and their routers.
+Structure first: in a repeated layer of the language model a matrix is a linear layer, unless its
+shape or its neighbours say otherwise. As many rows as there are experts is a router; a bias as long
+as the columns is a transposed `Conv1D`. Names decide only what structure cannot, and there is no
+list of models, except for what engines stack in a few.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
 
-from fp8stream.header import TensorSpec
+from fp8stream.structure import (
+    EMBEDDING,
+    NORM,
+    PREDICTION,
+    TOWER,
+    Config,
+    Family,
+    Named,
+    Structure,
+    group,
+)
 
 
 class Role(str, Enum):
@@ -30,180 +40,307 @@ class Role(str, Enum):
 
 @dataclass(frozen=True)
 class Classified:
-    """A tensor's role, whether the default policy quantizes it, and why.
+    """What the tensors of one family are, whether the default policy quantizes them, and why.
 
     `linear_like` tells what an engine takes for a linear layer, and must be told of when it is
-    kept; `quantizable` those of them that `--include` may ask for. `fused_set` names the
-    projections that an engine stacks into one weight, `expert_set` all experts of one layer.
+    kept; `quantizable` those of them that `--include` may ask for. `fused` are the names of the
+    projections that an engine stacks into one weight, this one among them; `stacked` tells experts
+    that are one tensor [experts, ., .].
     """
 
     role: Role
     quantize: bool
     reason: str
-    linear_like: bool
-    quantizable: bool
-    fused_set: str | None = None
-    expert_set: str | None = None
+    linear_like: bool = False
+    quantizable: bool = False
+    fused: tuple[str, ...] = ()
+    stacked: bool = False
+
+    def but(self, quantize: bool, reason: str) -> "Classified":
+        """The same, decided otherwise."""
+        return replace(self, quantize=quantize, reason=reason)
 
 
 SMALLEST_SIDE = 64
+STACKED_ROWS = "experts stacked into one matrix: no engine loads them in FP8"
 DEEPEST_NAME = 64
-_LINEAR_LIKE = (Role.LINEAR, Role.EXPERT, Role.ROUTER, Role.LM_HEAD, Role.OTHER)
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 
-# Names of the modules above the repeated layers of a language model: towers have others.
-_LANGUAGE_MODEL = {"model", "transformer", "language_model", "backbone", "gpt_neox"}
-_STACK = re.compile(
-    r"^(?P<above>(?:[A-Za-z_]\w*\.)*?)(?:layers|h|blocks)\.(?P<number>[0-9]{1,9})\."
+_UNEMBED = re.compile(r"unembed|embed_out|(^|_)(lm_)?head(_|$)|^output$|^decoder$")
+_STEP = re.compile(r"(^|_)dt(_|$)")
+_ROUTER = re.compile(r"router|(^|_)(gate|wg)$|^gating|score$|classifier$")
+# A module of such a name is all router, whatever layers it has.
+_GATING = re.compile(r"router|^gate$")
+_EXPERTS = re.compile(r"(\w*_)?experts?(_list)?")
+
+# What engines stack into one weight, as vLLM's model classes do (packed_modules_mapping): members
+# are quantized all or none, with one scale under `tensor`. Some stack more, by model type.
+_FUSED: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
+    (frozenset({"bailing_v3"}), ("q_proj", "k_proj", "v_proj", "b_proj")),
+    (frozenset({"olmo_hybrid"}), ("q_proj", "k_proj", "v_proj", "g_proj")),
+    (frozenset({"kimi_linear"}), ("q_proj", "k_proj", "v_proj", "g_proj", "f_a_proj", "b_proj")),
+    (frozenset({"kimi_k3"}), ("q_a_proj", "kv_a_proj_with_mqa", "g_proj")),
+    (frozenset({"telechat2"}), ("query", "key_value")),
+    (frozenset(), ("q_proj", "k_proj", "v_proj", "index_q_proj", "index_k_proj")),
+    (frozenset(), ("query", "key", "value")),
+    (frozenset(), ("wq", "wk", "wv")),
+    (frozenset(), ("wq_du", "wk_dv", "wv_dv", "wr_du")),
+    (frozenset(), ("gate_proj", "up_proj")),
+    (frozenset(), ("w1", "w3")),
+    (frozenset(), ("c_fc_0", "c_fc_1")),
+    (frozenset(), ("fc1", "fc3")),
+    (frozenset(), ("q_a_proj", "kv_a_proj_with_mqa")),
+    (frozenset(), ("wq_a", "wkv")),
+    (frozenset(), ("wkv", "wgate")),
+    (frozenset(), ("in_proj_qkv", "in_proj_z")),
+    (frozenset(), ("in_proj_b", "in_proj_a")),
 )
-_EXPERT = re.compile(r"^(?P<set>.*\.experts)\.[0-9]+\.")
-
-_PROJECTIONS = {
-    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value"),
-    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"),
-    *("fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"),
-}
-# Names that are a projection only below an attention module: elsewhere they are other things.
-_ATTENTION_OUTPUTS = {"dense", "out_proj"}
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
-_EMBEDDINGS = re.compile(r"(^|_)(embed|embeddings?|embed_tokens|wte|wpe|tok_embeddings)(_|$)")
-_HEADS = {"lm_head", "embed_out", "output", "unembed", "output_projection"}
-_NORM = re.compile(r"(norm|(^|_)ln(_|\d|$)|layer_?norm)", re.IGNORECASE)
-
-# vLLM's stacked weights (packed_modules_mapping): all members or none, and one tensor scale.
-_FUSED_SETS = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
 
 
-def classify(tensors: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[str, Classified]:
-    """The role of every tensor, by name. `config` is the checkpoint's config.json."""
-    layers = _layer_count(config)
-    modules = {tensor.module for tensor in tensors}
-    return {tensor.name: _classify(tensor, modules, layers, config) for tensor in tensors}
+def classify(tensors: Iterable[Named], config: Config) -> dict[Family, Classified]:
+    """What every tensor is, in families, in the order of their first member.
+
+    `config` is the checkpoint's config.json. A family is cut where it goes past the language
+    model's layers.
+    """
+    families = group(tensors)
+    structure = Structure(families, config)
+    classified: dict[Family, Classified] = {}
+    for family in families:
+        known = _classify(family, structure)
+        within, past = structure.cut(family)
+        classified |= dict.fromkeys(within, known)
+        classified |= dict.fromkeys(past, _past(known))
+    return classified
 
 
-def is_tied(tensors: Sequence[TensorSpec]) -> bool:
-    """Whether the output head is the embedding: no file holds a head of its own."""
-    leaves = {tensor.module.rpartition(".")[2] for tensor in tensors}
-    return not leaves & _HEADS and any(_EMBEDDINGS.search(leaf) for leaf in leaves)
+def _past(known: Classified) -> Classified:
+    if not known.quantize:
+        return known
+    reason = "past the language model's layers: it predicts further tokens"
+    return known.but(False, reason)
 
 
-def fused_partners(classified: Mapping[str, Classified]) -> dict[str, tuple[str, ...]]:
-    """For every member of a fused set, the names of the others."""
-    sets: dict[str, list[str]] = defaultdict(list)
-    for name, known in classified.items():
-        if known.fused_set:
-            sets[known.fused_set].append(name)
-    return {
-        name: tuple(other for other in members if other != name)
-        for members in sets.values()
-        for name in members
-    }
-
-
-def _layer_count(config: Mapping[str, Any]) -> int | None:
-    """How many layers the language model has; a number past it belongs to a prediction head."""
-    for part in (config.get("text_config"), config):
-        for key in ("num_hidden_layers", "n_layer", "num_layers"):
-            count = part.get(key) if isinstance(part, Mapping) else None
-            if type(count) is int:
-                return count
-    return None
-
-
-def _classify(
-    tensor: TensorSpec, modules: set[str], layers: int | None, config: Mapping[str, Any]
-) -> Classified:
-    role, reason = _role(tensor, layers)
-    matrix = tensor.name.endswith(".weight") and len(tensor.shape) == 2
-    linear_like = matrix and role in _LINEAR_LIKE
-    quantizable = (
-        linear_like
-        and tensor.dtype in SOURCE_DTYPES
-        and tensor.numel > 0
-        and tensor.name.count(".") < DEEPEST_NAME
-    )
-    projection = role in (Role.LINEAR, Role.EXPERT) and not reason
-    if projection:
-        reason = _objection(tensor, config)
-    recognised = projection and not reason
-    if recognised:
-        reason = f"{role.value} of a repeated layer"
-    expert = _EXPERT.match(tensor.name)
+def _classify(family: Family, structure: Structure) -> Classified:
+    role, reason = _role(family, structure)
+    stacked = role is Role.EXPERT and (len(family.shape) == 3 or family.parameter != "weight")
+    fits = family.dtype in SOURCE_DTYPES and min(family.shape, default=0) > 0
+    fits = fits and family.template.count(".") < DEEPEST_NAME
+    linear_like = stacked or (family.is_matrix and family not in structure.embeddings)
+    transposed = structure.is_transposed(family)
+    if not reason:
+        reason = _objection(family)
     return Classified(
         role,
-        recognised,
-        reason,
+        not reason,
+        reason or _recognised(family, role),
         linear_like,
-        quantizable,
-        _fused_set(tensor, modules) if linear_like else None,
-        expert["set"] if expert and role is Role.EXPERT else None,
+        linear_like and fits and not transposed,
+        _fused(family, structure) if linear_like else (),
+        stacked,
     )
 
 
-def _objection(tensor: TensorSpec, config: Mapping[str, Any]) -> str:
+def _recognised(family: Family, role: Role) -> str:
+    if family.stack is None:
+        return "linear between the vocabulary and the layers"
+    return f"{role.value} of a repeated layer"
+
+
+def _objection(family: Family) -> str:
     """Why a projection is kept all the same; empty if it is not."""
-    if tensor.name.count(".") >= DEEPEST_NAME:
+    if family.template.count(".") >= DEEPEST_NAME:
         return "nested too deep to be a layer of a model"
-    if config.get("is_encoder_decoder"):
-        return "encoder-decoder models are not recognised"
-    if tensor.dtype not in SOURCE_DTYPES:
-        return f"{tensor.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
-    if min(tensor.shape) < SMALLEST_SIDE:
+    if family.dtype not in SOURCE_DTYPES:
+        return f"{family.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
+    if min(family.shape[-2:]) < SMALLEST_SIDE:
         return f"a side under {SMALLEST_SIDE}: too small to gain"
     return ""
 
 
-def _role(tensor: TensorSpec, layers: int | None) -> tuple[Role, str]:
+def _role(family: Family, structure: Structure) -> tuple[Role, str]:
     """The role, and why the tensor is kept whatever its size; no reason for a projection."""
-    path = tensor.name.split(".")
-    leaf = path[-2] if len(path) > 1 and path[-1] in ("weight", "bias") else path[-1]
-    stack = _STACK.match(tensor.name)
-    if path[-1] == "bias":
+    if family.parameter == "bias" or family.parameter.endswith("_bias"):
         return Role.OTHER, "a bias"
-    if len(tensor.shape) < 2:
-        norm = bool(_NORM.search(leaf))
-        return (Role.NORM, "a norm") if norm else (Role.OTHER, "not a matrix")
-    if not stack and leaf in _HEADS:
+    if NORM.search(family.leaf) or (len(family.shape) == 2 and _in_norm(family)):
+        plain = len(family.shape) < 2 or NORM.search(family.leaf)
+        return (Role.NORM, "a norm") if plain else (Role.OTHER, "part of a norm")
+    if len(family.shape) < 2:
+        return Role.OTHER, "not a matrix"
+    if family.stack is None:
+        return _outside(family, structure)
+    if family.stack not in structure.language:
+        return _beside_language_model(family)
+    return _in_layer(family, structure)
+
+
+def _in_norm(family: Family) -> bool:
+    return any(map(NORM.search, family.path[-2:]))
+
+
+def _outside(family: Family, structure: Structure) -> tuple[Role, str]:
+    """A tensor with two sides or more that does not repeat over layers."""
+    if _is_head(family, structure):
         return Role.LM_HEAD, "the output head stays in 16 bit: engines expect it so"
-    if _EMBEDDINGS.search(leaf):
+    if structure.joins_vocabulary(family):
+        return Role.LINEAR, ""
+    if family in structure.embeddings or EMBEDDING.search(family.leaf):
         return Role.EMBEDDING, "an embedding: a lookup, not a multiplication"
-    if leaf in _ROUTERS or "router" in path:
-        return Role.ROUTER, "a router: small, and its errors pick the wrong experts"
-    if len(tensor.shape) > 2:
-        if "experts" in path:
-            return Role.EXPERT, "fused experts: their layout cannot be told from shapes"
-        return (Role.CONV, "a convolution") if "conv" in leaf else (Role.OTHER, "not a matrix")
-    if path[-1] != "weight":
+    if any(map(TOWER.search, family.path)):
+        return _beside_language_model(family)
+    if len(family.shape) > 2:
+        return _many_sided(family)
+    return Role.OTHER, "outside the language model's repeated layers"
+
+
+def _is_head(family: Family, structure: Structure) -> bool:
+    named = bool(_UNEMBED.search(family.leaf)) and family.is_matrix
+    return family in structure.heads or (named and family not in structure.embeddings)
+
+
+def _beside_language_model(family: Family) -> tuple[Role, str]:
+    reason = "a tower or projector beside the language model"
+    if any(map(PREDICTION.search, family.path)):
+        reason = "predicts further tokens, beside the language model"
+    if _is_expert(family) or _is_stacked(family):
+        return Role.EXPERT, reason
+    if len(family.shape) > 2:
+        return _many_sided(family)
+    if EMBEDDING.search(family.leaf):
+        return Role.EMBEDDING, "an embedding: a lookup, not a multiplication"
+    return Role.OTHER, reason
+
+
+def _many_sided(family: Family) -> tuple[Role, str]:
+    if "conv" in family.leaf.lower() or (len(family.shape) > 3 and family.parameter == "weight"):
+        return Role.CONV, "a convolution"
+    return Role.OTHER, "not a matrix"
+
+
+def _in_layer(family: Family, structure: Structure) -> tuple[Role, str]:
+    """A tensor with two sides or more in a repeated layer of the language model."""
+    if len(family.shape) > 2:
+        counted = family.shape[0] in structure.config.experts and min(family.shape) > 1
+        stacked = _is_stacked(family) or (len(family.shape) == 3 and counted)
+        return (Role.EXPERT, "") if stacked else _many_sided(family)
+    if EMBEDDING.search(family.leaf):
+        return Role.EMBEDDING, "an embedding: a lookup, not a multiplication"
+    if _is_router(family, structure):
+        return Role.ROUTER, "a router or gate: small, and its errors go far"
+    if family.parameter != "weight":
+        if expert_list(family.path) is not None:
+            return Role.EXPERT, STACKED_ROWS
         return Role.OTHER, "not the weight of a linear layer"
-    return _projection(tensor, leaf, stack, layers)
+    if structure.is_transposed(family):
+        return Role.LINEAR, "a Conv1D: its weight is transposed, [in, out]"
+    if _STEP.search(family.leaf) and {"A_log", "D"} <= structure.beside(family):
+        return Role.OTHER, "makes the time step of a state space"
+    if "indexer" in family.path and family.shape[0] in structure.config.numbers("index_n_heads"):
+        return Role.OTHER, "weighs the heads of an indexer: engines keep it in 16 bit"
+    return Role.EXPERT if _is_expert(family) else Role.LINEAR, ""
 
 
-def _projection(
-    tensor: TensorSpec, leaf: str, stack: re.Match[str] | None, layers: int | None
-) -> tuple[Role, str]:
-    path = tensor.name.split(".")
-    if stack is None or not set(stack["above"].split(".")) <= _LANGUAGE_MODEL | {""}:
-        return Role.OTHER, "outside the language model's repeated layers"
-    below_attention = any("attn" in part or "attention" in part for part in path[:-2])
-    if leaf not in _PROJECTIONS and not (leaf in _ATTENTION_OUTPUTS and below_attention):
-        return Role.OTHER, "not recognised as a projection"
-    role = Role.EXPERT if _EXPERT.match(tensor.name) else Role.LINEAR
-    if layers is not None and int(stack["number"]) >= layers:
-        return role, f"past the model's {layers} layers: a multi-token-prediction head"
-    return role, ""
+def _is_expert(family: Family) -> bool:
+    """Whether this is a matrix of one expert in a list of them."""
+    at = expert_list(family.path)
+    return at is not None and at + 1 < len(family.path) and _is_number(family.path[at + 1])
 
 
-def _fused_set(tensor: TensorSpec, modules: set[str]) -> str | None:
-    """A key that the members of the tensor's fused set share."""
-    parent, _, leaf = tensor.module.rpartition(".")
-    for members in _FUSED_SETS:
-        present = [member for member in members if f"{parent}.{member}" in modules]
-        if leaf in members and len(present) > 1:
-            return f"{parent}.({'|'.join(members)})"
-    return None
+def _is_stacked(family: Family) -> bool:
+    """Whether this holds a matrix for each expert of a layer."""
+    conv = "conv" in family.leaf.lower()
+    parts = (*family.path, family.parameter)
+    return len(family.shape) == 3 and not conv and expert_list(parts) is not None
+
+
+def expert_list(path: Sequence[str]) -> int | None:
+    """Which part of a name holds the experts of a layer, if one does; numbers may be `*`."""
+    layer = next((at for at, part in enumerate(path) if _is_number(part)), len(path))
+    within = range(layer + 1, len(path))
+    called = [at for at in within if _EXPERTS.fullmatch(path[at])]
+    called += [at for at in within if path[at] == "moe"]
+    return called[0] if called else None
+
+
+def _is_number(part: str) -> bool:
+    """Whether `part` tells one expert or layer from another, as `*`, `3` and `expert_3` do."""
+    return part == "*" or part.removeprefix("expert_").isdecimal()
+
+
+def _is_router(family: Family, structure: Structure) -> bool:
+    """As many rows as there are experts, beside them; or a name that says so, and few rows."""
+    if _is_expert(family):
+        return False
+    if any(map(_GATING.search, family.path[:-1])):
+        return True
+    named = bool(_ROUTER.search(family.leaf))
+    if family.shape[0] in structure.config.experts:
+        return named or any(map(_EXPERTS.fullmatch, structure.beside(family)))
+    return named and 4 * family.shape[0] < family.shape[1]
+
+
+def _fused(family: Family, structure: Structure) -> tuple[str, ...]:
+    """The projections beside this one that an engine stacks with it."""
+    leaf = family.path[-1] if family.path else ""
+    beside = structure.beside(family)
+    for types, members in _FUSED:
+        if leaf in members and (not types or types & set(structure.config.model_types)):
+            present = tuple(member for member in members if member in beside)
+            if len(present) > 1:
+                return present
+    return ()
+
+
+def fused_set(name: str, known: Classified) -> str | None:
+    """A key that the members of a fused set share; `name` is that of one's weight."""
+    if not known.fused:
+        return None
+    parent = name.rpartition(".")[0].rpartition(".")[0]
+    return f"{parent}.({'|'.join(known.fused)})"
+
+
+def expert_set(name: str, known: Classified) -> str | None:
+    """A key that all experts of one layer share."""
+    return expert_module(name) if known.role is Role.EXPERT and known.linear_like else None
+
+
+def expert_module(name: str) -> str:
+    """The module that holds the experts of a layer, as engines call it; `name` is a tensor's.
+
+    Some stack their experts without a module of that name; engines give them one.
+    """
+    path = name.split(".")
+    at = expert_list(path)
+    if at is not None and (path[at] != "moe" or _is_number(path[at + 1])):
+        return ".".join(path[: at + 1])
+    holder = path[:-2] if path[-1] == "weight" else path[:-1]
+    return ".".join([*holder, "experts"])
+
+
+def sets(
+    families: Mapping[Family, Classified],
+    key_of: Callable[[str, Classified], str | None],
+    values: Callable[[Family], set[bool]],
+) -> Iterator[list[str]]:
+    """The names of the weights that have a key in common: of sets that `values` tells apart.
+
+    Sets of like modules in which `values` finds one value alone are left out, unseen.
+    """
+    alike: dict[str, list[Family]] = defaultdict(list)
+    for family, known in families.items():
+        template = key_of(family.template, known)
+        if template is not None:
+            alike[template].append(family)
+    for members in alike.values():
+        if len(set[bool]().union(*map(values, members))) > 1:
+            found: dict[str, list[str]] = defaultdict(list)
+            for family in members:
+                for tensor in family.members:
+                    found[str(key_of(tensor.name, families[family]))].append(tensor.name)
+            yield from found.values()
+
+
+def is_tied(families: Mapping[Family, Classified]) -> bool:
+    """Whether the output head is the embedding: no file holds a head of its own."""
+    roles = {known.role for known in families.values()}
+    return Role.LM_HEAD not in roles and Role.EMBEDDING in roles

@@ -74,30 +74,16 @@ class Scheme:
         return "weight_scale"
 
     def quantization_config(
-        self,
-        targets: Mapping[Granularity, Sequence[str]],
-        ignore: Sequence[str],
-        ignored_experts: Sequence[str],
+        self, targets: Mapping[Granularity, Sequence[str]], ignore: Sequence[str]
     ) -> dict[str, Any]:
         """The `quantization_config` of config.json.
 
-        `targets` gives, for each granularity in use, what it applies to; `ignore` names the modules
-        left in 16 bit and `ignored_experts` the prefixes of expert sets left in 16 bit, which each
-        format spells in its own way.
+        `targets` gives, for each granularity in use, what it applies to, where the format has such
+        groups; `ignore` what is left in 16 bit, in the format's own rules.
         """
         if self.format is OutputFormat.COMPRESSED_TENSORS:
-            patterns = [_experts_pattern(prefix) for prefix in ignored_experts]
-            return _compressed_tensors(targets, [*ignore, *patterns])
-        return _fp8(self.granularity, [*ignore, *ignored_experts])
-
-
-EXPERTS_TARGET = r"re:.*\.experts(\..*)?$"
-
-
-def _experts_pattern(prefix: str) -> str:
-    """Hits an expert set under whatever prefix an engine gives the model, and its experts alone."""
-    tail = prefix[prefix.find("layers.") :] if "layers." in prefix else prefix
-    return r"re:(.*\.)?" + tail.replace(".", r"\.") + r"(\..*)?$"
+            return _compressed_tensors(targets, ignore)
+        return _fp8(self.granularity, ignore)
 
 
 def _compressed_tensors(

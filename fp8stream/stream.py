@@ -7,6 +7,7 @@ the other workers' arithmetic; on a CPU the same code runs without the copies.
 """
 
 import ctypes
+import math
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -24,6 +25,8 @@ from fp8stream.memory import Workspace
 from fp8stream.plan import LayerPlan, Plan, Slab, TensorPlan
 from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity
+from fp8stream.views import Runs
+from fp8stream.weights import WeightPlan
 from fp8stream.writer import CheckpointWriter
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -128,7 +131,7 @@ class Worker:
         """Everything of one layer: its weights quantized, the rest copied, all of it written."""
         for tensor in layer.kept:
             self._copy(tensor)
-        if layer.quantized:
+        if layer.weights:
             with self._buffers.on_stream():
                 self._quantize(layer)
 
@@ -149,10 +152,9 @@ class Worker:
         reread = scale is None or len(slabs) > 1
         for slab in slabs:
             source = self._read(slab) if reread else self._buffers.source(slab)
-            key = slab.tensor.spec.name
-            weight = layer.materialize(key, source, slab.first_row)
+            rows = layer.materialize(slab.weight.name, source, slab.first_row)
             codes = self._buffers.codes(slab)
-            scales = self._quantizer.quantize(weight, slab.granularity, codes, scale)
+            scales = self._quantizer.quantize(rows, slab.weight.granularity, codes, scale)
             self._write(slab, scales)
             layer.release()
         layer.finalize()
@@ -167,26 +169,32 @@ class Worker:
     def _read(self, slab: Slab) -> Tensor:
         """The slab's rows on the device, in the worker's buffers."""
         self._check_stop()
-        spec = slab.tensor.spec
+        spec = slab.weight.spec
         self._buffers.wait()
         with self._reader.open(spec.file) as shard:
-            shard.read_into(self._buffers.source_bytes[: slab.nbytes], slab.offset, spec.name)
+            shard.read_runs(self._buffers.source_bytes[: slab.nbytes], slab.runs, spec)
         return self._buffers.to_device(slab)
 
     def _write(self, slab: Slab, scales: Tensor) -> None:
         """Codes and scales of the slab to their places."""
         codes, host_scales = self._buffers.to_host(slab, scales)
         self._check_finite(host_scales, slab)
-        weight, scale = slab.tensor.outputs
-        columns = slab.tensor.spec.shape[1]
-        self._writer.write(weight.name, slab.first_row * columns, codes)
-        if slab.granularity is not Granularity.TENSOR:
-            group = slab.first_row // slab.granularity.row_multiple
-            at = group * scale.shape[1] * host_scales.itemsize
-            self._writer.write(scale.name, at, _bytes_of(host_scales))
-        elif slab.first_row == 0:
-            # One number for the whole tensor: the slab that begins it brings it.
-            self._writer.write(scale.name, 0, _bytes_of(host_scales))
+        weight = slab.weight
+        runs = weight.codes_at.runs(slab.first_row, slab.rows, weight.shape[1])
+        self._write_runs(weight.codes.name, runs, codes, 1)
+        if weight.granularity is Granularity.TENSOR and slab.first_row:
+            return  # one number for the whole weight: the slab that begins it brings it
+        group = slab.first_row // weight.granularity.row_multiple
+        rows, columns = host_scales.reshape(-1, host_scales.shape[-1]).shape
+        runs = weight.scales_at.runs(group, rows, columns)
+        self._write_runs(weight.scales.name, runs, _bytes_of(host_scales), host_scales.itemsize)
+
+    def _write_runs(self, name: str, runs: Runs, data: memoryview, itemsize: int) -> None:
+        """Writes `data` to the runs of elements of output tensor `name`, one after another."""
+        size = runs.length * itemsize
+        for run in range(runs.count):
+            at = (runs.first + run * runs.step) * itemsize
+            self._writer.write(name, at, data[run * size : (run + 1) * size])
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
@@ -194,21 +202,21 @@ class Worker:
 
     def _check_finite(self, values: Tensor, slab: Slab) -> None:
         if not is_finite(values):
-            raise WeightError(self._describe_non_finite(slab.tensor))
+            raise WeightError(self._describe_non_finite(slab.weight))
 
-    def _describe_non_finite(self, tensor: TensorPlan) -> str:
-        """Counts what is not finite in the whole tensor, and finds the first."""
-        spec, count, first = tensor.spec, 0, -1
-        for slab in LayerPlan(spec.name, (tensor,)).slabs(self._slab_bytes):
+    def _describe_non_finite(self, weight: WeightPlan) -> str:
+        """Counts what is not finite in the whole weight, and finds the first."""
+        spec, count, first = weight.spec, 0, -1
+        for slab in LayerPlan(weight.name, [weight], []).slabs(self._slab_bytes):
             bad = torch.isfinite(self._read(slab)).logical_not_().flatten()
             found = int(bad.sum())
             if found and not count:
-                first = slab.first_row * spec.shape[1] + int(bad.byte().argmax())
+                first = slab.first_row * weight.shape[1] + int(bad.byte().argmax())
             count += found
-        row, column = divmod(first, spec.shape[1])
+        place = weight.source.index(*divmod(first, weight.shape[1]), spec.shape)
         return (
             f"{spec.file}: tensor {spec.name!r}: expected finite values, found {count} of "
-            f"{spec.numel} that are NaN or infinite, the first at [{row}, {column}]; repair the "
+            f"{math.prod(weight.shape)} that are NaN or infinite, the first at {place}; repair the "
             f"source, or keep the layer with --ignore {spec.module}"
         )
 
@@ -250,20 +258,22 @@ class Buffers:
         return self.source(slab)
 
     def source(self, slab: Slab) -> Tensor:
-        """The slab [rows, columns] in its own dtype, on the device."""
-        spec = slab.tensor.spec
-        view = self._device_source[: slab.nbytes].view(TORCH_DTYPES[spec.dtype])
-        return view.view(slab.rows, spec.shape[1])
+        """The slab [rows, columns] in its own dtype, on the device; a view, perhaps transposed."""
+        view = self._device_source[: slab.nbytes].view(TORCH_DTYPES[slab.weight.spec.dtype])
+        columns, source = slab.weight.shape[1], slab.weight.source
+        if source.transposed:
+            return view.view(columns, -1)[:, :: source.row_step].T
+        return view.view(slab.rows, columns)
 
     def codes(self, slab: Slab) -> Tensor:
         """Where the slab's codes [rows, columns] go, on the device."""
-        shape = slab.rows, slab.tensor.spec.shape[1]
+        shape = slab.rows, slab.weight.shape[1]
         codes = self._device_codes[: shape[0] * shape[1]]
         return codes.view(torch.float8_e4m3fn).view(shape)
 
     def to_host(self, slab: Slab, scales: Tensor) -> tuple[memoryview, Tensor]:
         """The slab's codes as bytes, and its scales, both in host memory and ready."""
-        size = slab.rows * slab.tensor.spec.shape[1]
+        size = slab.rows * slab.weight.shape[1]
         if self._stream:
             self._host_codes[:size].copy_(self._device_codes[:size], non_blocking=True)
             scales = scales.cpu()
@@ -272,8 +282,8 @@ class Buffers:
 
 
 def _skeleton(plan: LayerPlan) -> Layer:
-    specs = [tensor.spec for tensor in plan.quantized]
-    module = build_skeleton((s.name, s.shape, TORCH_DTYPES[s.dtype]) for s in specs)
+    weights = ((w.name, w.shape, TORCH_DTYPES[w.spec.dtype]) for w in plan.weights)
+    module = build_skeleton(weights)
     return Layer(plan.name, module)
 
 

@@ -1,4 +1,4 @@
-"""The Linux calls that Python's `os` lacks, each with what stands in where they are missing."""
+"""What Linux is asked directly: the calls that Python's `os` lacks, with stand-ins, and devices."""
 
 import ctypes
 import errno
@@ -7,6 +7,11 @@ from pathlib import Path
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+
+
+def may_have_gpu() -> bool:
+    """Whether a driver shows a device that torch could use; asking torch takes seconds."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
 def exchange(one: Path, other: Path) -> None:

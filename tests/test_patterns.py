@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import SchemeError
@@ -19,7 +21,8 @@ from fp8stream.header import Shard, TensorSpec
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
-from tests.conftest import Run
+from tests import readers
+from tests.conftest import Run, llama_tensors
 
 Runner = Callable[..., Run]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -86,6 +89,19 @@ def quantized(planned: Plan) -> set[str]:
 
 def reason(planned: Plan, name: str) -> str:
     return next(tensor.reason for tensor in planned.tensors if tensor.spec.name == name)
+
+
+def left_in_16_bit(config: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """The weights of `names` whose modules an engine that reads `config` would not quantize."""
+    modules = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    found = readers.compressed_tensors(config["quantization_config"], modules)
+    assert found == readers.vllm(config["quantization_config"], modules)
+    return {f"{module}.weight" for module, strategy in found.items() if strategy is None}
+
+
+def matrices(shapes: Shapes) -> set[str]:
+    """What engines may take for linear layers."""
+    return {n for n, shape in shapes.items() if len(shape) == 2 and "embed_tokens" not in n}
 
 
 def newly_kept(shapes: Shapes, *ignore: str) -> set[str]:
@@ -224,7 +240,8 @@ def test_any_name_that_is_shown_may_be_given_back() -> None:
         for tensor in planned.tensors:
             plan(shapes, [tensor.spec.name])
             plan(shapes, [tensor.spec.module])
-        shown = {name for tensor in planned.tensors for name in tensor.fused_with}
+        assert planned.fused_with
+        shown = {name for others in planned.fused_with.values() for name in others}
         plan(shapes, sorted(shown))
 
 
@@ -258,7 +275,7 @@ def test_include_quantizes_what_the_defaults_keep() -> None:
     planned = plan(LLAMA, include=["lm_head"])
     assert quantized(planned) - quantized(plan(LLAMA)) == {"lm_head.weight"}
     assert reason(planned, "lm_head.weight") == "--include lm_head"
-    assert "lm_head" not in planned.config["quantization_config"]["ignore"]
+    assert left_in_16_bit(planned.config, matrices(LLAMA)) == set()
 
 
 def test_include_of_what_is_quantized_anyway_changes_nothing() -> None:
@@ -323,8 +340,8 @@ def test_a_member_of_a_fused_set_takes_the_whole_set_with_it(
     assert any(other in warning for other in others)
     for other in others:
         assert name in reason(planned, other)
-    ignored = planned.config["quantization_config"]["ignore"]
-    assert {module + ".weight" for module in ignored} >= weights(5, *members)
+    kept = left_in_16_bit(planned.config, matrices(LLAMA))
+    assert kept == weights(5, *members) | {"lm_head.weight"}
 
 
 def test_a_whole_fused_set_that_is_ignored_needs_no_warning() -> None:
@@ -366,12 +383,29 @@ def test_the_experts_of_another_layer_are_left_alone() -> None:
 
 
 def test_the_config_names_every_module_that_was_ignored() -> None:
-    before = set(plan(LLAMA).config["quantization_config"]["ignore"])
+    assert left_in_16_bit(plan(LLAMA).config, matrices(LLAMA)) == {"lm_head.weight"}
     planned = plan(LLAMA, ["model.layers.1.mlp.down_proj", "re:.*2.*o_proj"])
-    assert set(planned.config["quantization_config"]["ignore"]) - before == {
-        "model.layers.1.mlp.down_proj",
-        "model.layers.2.self_attn.o_proj",
+    assert left_in_16_bit(planned.config, matrices(LLAMA)) == {
+        "lm_head.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.2.self_attn.o_proj.weight",
     }
+
+
+@pytest.mark.parametrize("shapes", [LLAMA, MIXTRAL], ids=["llama", "mixtral"])
+@pytest.mark.parametrize("granularity", list(Granularity))
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_is_ignored_the_config_names_what_is_kept_and_nothing_else(
+    shapes: Shapes, granularity: Granularity, data: st.DataObject
+) -> None:
+    names = sorted(matrices(shapes))
+    of_layers = sorted({name.rpartition(".")[0].rpartition(".")[0] for name in names} - {""})
+    chosen = st.lists(st.sampled_from(names + of_layers), max_size=6)
+    include = data.draw(st.sampled_from([(), ("lm_head",)]))
+    planned = plan(shapes, data.draw(chosen), include, granularity)
+    kept = matrices(shapes) - quantized(planned)
+    assert left_in_16_bit(planned.config, matrices(shapes)) == kept
 
 
 # The command line.
@@ -452,7 +486,10 @@ def test_the_output_keeps_what_was_piped_in(
     stdin(b"re:.*down_proj\n")
     assert run("quantize", llama, tmp_path / "output", "--ignore-from", "-").code == 0
     config = json.loads((tmp_path / "output" / "config.json").read_text())
-    assert DOWN in config["quantization_config"]["ignore"]
+    downs = {f"model.layers.{number}.mlp.down_proj.weight" for number in range(2)}
+    assert f"{DOWN}.weight" in downs
+    names = matrices({name: tensor.shape for name, tensor in llama_tensors().items()})
+    assert left_in_16_bit(config, names) == downs | {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("command", ["quantize", "inspect"])

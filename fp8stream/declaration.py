@@ -1,0 +1,253 @@
+"""What config.json says is quantized, and the proof that it is what the files hold.
+
+An engine builds its layers from the config alone and does not notice a scale that never comes: it
+computes with what happened to be in memory. So every module that engines take for a linear layer
+and that stays in 16 bit is named, in each format's own rules, and a declaration that says more or
+less than the files hold cannot be made. Pure.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp8stream.errors import SchemeError
+from fp8stream.names import split_numbers
+from fp8stream.scheme import Granularity, OutputFormat, Scheme
+
+# Names under which engines look for the experts of a module, whatever the files call them.
+_EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+# Routers are renamed by engines more than others, and no file that has experts quantizes them.
+_ROUTERS = (
+    r"re:.*\.(gate|router)$",
+    r"re:.*\.router\.(layer|gate|proj)$",
+    r"re:.*\.shared_expert_gate$",
+)
+# What holds a whole model: engines drop or change such a name.
+_MODELS = {"model", "transformer", "language_model", "backbone"}
+EXPERTS_TARGET = r"re:.*\.experts(\..*)?$"
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What engines take for linear layers, by name, and the granularity of each; None: 16 bit.
+
+    `experts` are the modules that hold all experts of a layer: engines ask for them as one.
+    """
+
+    linear: dict[str, Granularity | None] = field(default_factory=dict)
+    experts: dict[str, Granularity | None] = field(default_factory=dict)
+
+    def kept(self) -> list[str]:
+        return [name for name, found in self.everything() if found is None]
+
+    def quantized(self, *granularities: Granularity) -> list[str]:
+        """Names of the modules with one of `granularities`; of all quantized ones without any."""
+        wanted = granularities or tuple(Granularity)
+        return [name for name, found in self.everything() if found in wanted]
+
+    def everything(self) -> Iterator[tuple[str, Granularity | None]]:
+        """Every module and its granularity."""
+        yield from self.linear.items()
+        yield from self.experts.items()
+
+
+def declare(scheme: Scheme, modules: Modules) -> dict[str, Any]:
+    """The `quantization_config` of config.json.
+
+    Raises SchemeError where the names forbid one that is true.
+    """
+    if scheme.format is OutputFormat.FP8:
+        config = scheme.quantization_config({}, sorted(modules.kept()))
+        _prove_fp8(config["modules_to_not_convert"], modules, scheme)
+        return config
+    ignore = _patterns(modules.kept(), modules.quantized())
+    if modules.experts:
+        ignore += [p for p in _ROUTERS if not any(map(_matcher([p]), modules.quantized()))]
+    config = scheme.quantization_config(_targets(scheme, modules), ignore)
+    _prove_compressed_tensors(config, modules)
+    return config
+
+
+def _targets(scheme: Scheme, modules: Modules) -> dict[Granularity, list[str]]:
+    """What each granularity applies to.
+
+    With one granularity that is every linear layer. With more, names, of which none is in two
+    groups: engines differ in which group wins, and in whether a class wins over a name.
+    """
+    used = [g for g in Granularity if modules.quantized(g)]
+    used.sort(key=lambda granularity: granularity is not scheme.granularity)
+    if len(used) < 2:
+        return {granularity: ["Linear"] for granularity in used or [scheme.granularity]}
+    channel = modules.quantized(Granularity.CHANNEL)
+    if scheme.granularity is Granularity.TENSOR and all(n.endswith(".experts") for n in channel):
+        return {Granularity.TENSOR: ["Linear"], Granularity.CHANNEL: [EXPERTS_TARGET]}
+    return {
+        g: _patterns(modules.quantized(g), modules.quantized(*(o for o in used if o is not g)))
+        for g in used
+    }
+
+
+def _patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Entries that match every module of `wanted`, and none of `others`.
+
+    Regular expressions that end at the end of a name, a module standing for all in it, and begin
+    wherever an engine's prefix ends; whole names where there is none.
+    """
+    nodes: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    numbers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    avoid, exact = _ancestors(split_numbers(name)[0] for name in others), _ancestors(others)
+    for name in wanted:
+        node: tuple[str, ...] = (_highest(split_numbers(name)[0], avoid),)
+        if node[0] in avoid:
+            template, found = split_numbers(_highest(name, exact) + ".")
+            node = template.removesuffix("."), *found[1:]
+            numbers[node] |= set(found[:1])
+        nodes[node].append(name)
+    found_patterns = (
+        _entries(*node, numbers=numbers[node], wanted=names, others=others)
+        for node, names in nodes.items()
+    )
+    return list(dict.fromkeys(entry for entries in found_patterns for entry in entries))
+
+
+def _ancestors(names: Iterable[str]) -> set[str]:
+    """`names`, and every module that holds one of them."""
+    found: set[str] = set()
+    for name in names:
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
+
+
+def _highest(name: str, avoid: set[str]) -> str:
+    """The module furthest above `name`, or itself, that is not in `avoid` nor a whole model."""
+    above = name.rpartition(".")[0]
+    while above and above not in avoid and above.rpartition(".")[2] not in _MODELS:
+        name, above = above, above.rpartition(".")[0]
+    return name
+
+
+def _entries(
+    template: str, *rest: str, numbers: set[str], wanted: Sequence[str], others: Sequence[str]
+) -> Sequence[str]:
+    """The shortest tail of a template that matches all of `wanted` and none of `others`.
+
+    `numbers` and `rest` are what its `*` stand for; any number where there are none.
+    """
+    fixed = [_either(numbers), *rest] if numbers else []
+    parts = []
+    for part in template.split("."):
+        literal = fixed.pop(0) if part == "*" and fixed else r"\d+"
+        parts.append(literal if part == "*" else re.escape(part))
+    starred = [at for at, part in enumerate(template.split(".")) if part == "*"]
+    begin = max(0, starred[0] - 1) if starred else len(parts) - 1
+    tails = [r"\.".join(parts[start:]) for start in range(begin, -1, -1)]
+    begins = [*(rf"(.*\.)?{tail}" for tail in tails), tails[-1]]
+    for pattern in (f"re:{begin}{end}" for begin in begins for end in (r"(\..*)?$", "$")):
+        matches = _matcher([pattern])
+        if all(map(matches, wanted)) and not any(map(matches, others)):
+            return [pattern]
+    return wanted
+
+
+def _either(numbers: set[str]) -> str:
+    ordered = sorted(numbers, key=int)
+    return ordered[0] if len(ordered) == 1 else f"({'|'.join(ordered)})"
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Whether one of `patterns` matches a name, as compressed-tensors reads them."""
+    patterns = list(patterns)
+    exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
+    expressions = [re.compile(pattern[3:]) for pattern in patterns if pattern.startswith("re:")]
+    return lambda name: name in exact or any(e.match(name) for e in expressions)
+
+
+def _prove_compressed_tensors(config: Mapping[str, Any], modules: Modules) -> None:
+    """Reads `config` as engines do, and compares with `modules`. Raises SchemeError."""
+    ignored = _matcher(config["ignore"])
+    groups = [
+        (group["weights"]["strategy"], _matcher(group["targets"]), "Linear" in group["targets"])
+        for group in config["config_groups"].values()
+    ]
+    for name, granularity in modules.linear.items():
+        found = None if ignored(name) else _group_of(name, groups)
+        _compare(name, granularity, found)
+    for module, granularity in modules.experts.items():
+        for name in (f"{module}.0.{leaf}" for leaf in _EXPERT_NAMES):
+            found = None if ignored(name) else _group_of(name, groups)
+            _compare(name, granularity, found)
+
+
+def _group_of(name: str, groups: Sequence[tuple[str, Callable[[str], bool], bool]]) -> str | None:
+    """The strategy of a linear layer, by name before class."""
+    named = [strategy for strategy, matches, _ in groups if matches(name)]
+    classes = [strategy for strategy, _, linear in groups if linear]
+    return next(iter(named + classes), None)
+
+
+def _prove_fp8(ignored: Sequence[str], modules: Modules, scheme: Scheme) -> None:
+    """Reads the list as vLLM and as transformers do, and compares with `modules`.
+
+    vLLM compares names whole, and takes an expert's for one that an entry holds; transformers
+    takes an entry for an expression, for all that is in a module, and for what ends like it.
+    Raises SchemeError.
+    """
+    entries = set(ignored)
+    for name, granularity in modules.everything():
+        found = None if name in entries else scheme.granularity
+        _compare(name, granularity, found.value if found else None)
+    quantized = modules.quantized()
+    within = [entry for entry in ignored if "experts" in entry]
+    for name in (name for name in quantized if "experts" in name):
+        _refuse(name, next((entry for entry in within if name in entry), None))
+    like, named = _numberless(quantized), _numberless(ignored)
+    for shape, names in like.items():
+        close = [found for other, found in named.items() if _may_hit(other, shape)]
+        for name in names:
+            hits = (entry for found in close for entry in found if _hits(entry, name))
+            _refuse(name, next(hits, None))
+
+
+def _numberless(names: Iterable[str]) -> dict[str, list[str]]:
+    """`names` by what they are with 0 for every number."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found[re.sub("[0-9]+", "0", name)].append(name)
+    return found
+
+
+def _may_hit(entry: str, name: str) -> bool:
+    """Whether an entry may hit a name, both with 0 for every number."""
+    return _hits(entry.replace("0", "[0-9]+"), name) or name.endswith(entry)
+
+
+def _hits(entry: str, name: str) -> bool:
+    """Whether transformers leaves out module `name` for `entry` (should_convert_module)."""
+    try:
+        expression = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
+    except re.error:
+        return True  # transformers fails at it
+    return bool(expression.match(name)) or name.endswith(entry)
+
+
+def _refuse(name: str, hit: str | None) -> None:
+    if hit is not None:
+        raise SchemeError(_untrue(name, f"the entry {hit!r} of another module names it too"))
+
+
+def _compare(name: str, expected: Granularity | None, found: str | None) -> None:
+    if found != (expected.value if expected else None):
+        fact = f"it has {expected.value} scales" if expected else "it stays in 16 bit"
+        read = f"{found} scales" if found else "16 bit"
+        raise SchemeError(_untrue(name, f"{fact}, and would be read as {read}"))
+
+
+def _untrue(name: str, what: str) -> str:
+    return (
+        f"module {name!r}: config.json cannot say what becomes of it: {what}; keep all modules "
+        "with names like it in 16 bit, with --ignore"
+    )

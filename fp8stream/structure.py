@@ -1,0 +1,295 @@
+"""What the names and shapes of a whole checkpoint tell, before any single tensor is looked at.
+
+The token embedding is the matrix with a row for every token of the vocabulary; the language model
+is what repeats over layers nearest to it; whatever else repeats is a tower. Pure.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fp8stream.header import TensorSpec
+from fp8stream.names import template_and_key
+
+# Beside the language model: its stacks and its configs have such words in their names.
+TOWER = re.compile(
+    r"(^|_)(vision|visual|vit|image|img|audio|speech|sound|video|acoustic|qformer|perceiver"
+    r"|resampler|projector|connector|talker|code2wav|token2wav|vocoder|codec|vqmodel|vqvae)(_|$)",
+    re.IGNORECASE,
+)
+PREDICTION = re.compile(r"(^|_)(mtp|nextn|eagle|medusa)(_|$)")
+EMBEDDING = re.compile(
+    r"(?<!un)embed(?!_out)|(^|_)(wte|wpe)(_|$)|relative_attention_bias", re.IGNORECASE
+)
+POSITION = re.compile(r"(^|_)(pos|positions?|positional|wpe|token_type|segment)(_|$)")
+NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
+
+
+class Config:
+    """What config.json says of the language model: the numbers under a key, wherever they stand.
+
+    Configs of several models in one nest theirs; those of towers are not looked into.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._parts = list(_language_parts(config))
+        types = [part.get("model_type") for part in self._parts]
+        self.model_types = tuple(name for name in types if isinstance(name, str))
+
+        self.widths = self.numbers("hidden_size", "n_embd", "d_model", "dim")
+        # How many layers a language model may have: a part without a vocabulary is another model's.
+        spoken = [part for part in self._parts if "vocab_size" in part] or self._parts
+        self.depths = _numbers(spoken, re.compile(r"(num_|n_)?((de|en)coder_|hidden_)?layers?"))
+        self.experts = self.numbers_like(r"(moe_)?(num|n)_?(local|routed)?_?experts")
+
+    def numbers(self, *keys: str) -> set[int]:
+        """Every positive whole number under one of `keys`."""
+        return self.numbers_like("|".join(keys))
+
+    def numbers_like(self, pattern: str) -> set[int]:
+        """Every positive whole number under a key that `pattern` matches whole."""
+        return _numbers(self._parts, re.compile(pattern))
+
+
+def _numbers(parts: Sequence[Mapping[str, Any]], keys: "re.Pattern[str]") -> set[int]:
+    """Every positive whole number of `parts` under a key that `keys` matches whole."""
+    found = (value for part in parts for key, value in part.items() if keys.fullmatch(str(key)))
+    return {value for value in found if type(value) is int and value > 0}
+
+
+def _language_parts(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
+    """`config` and the configs nested in it, without those of towers."""
+    yield config
+    for key, part in config.items():
+        if isinstance(part, Mapping) and depth < 4 and not TOWER.search(str(key)):
+            yield from _language_parts(part, depth + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Tensors whose names differ in numbers alone, all of one shape and dtype.
+
+    `template` has `*` for the numbers.
+    """
+
+    template: str
+    shape: tuple[int, ...]
+    dtype: str
+    members: list[TensorSpec]
+
+    def of(self, members: list[TensorSpec]) -> "Family":
+        """A family of the same kind."""
+        return replace(self, members=members)
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The first number of every member's name, in order; empty where names have none."""
+        begin = self.template.find("*")
+        if begin < 0:
+            return []
+        return [int(tensor.name[begin : tensor.name.index(".", begin)]) for tensor in self.members]
+
+    @cached_property
+    def module(self) -> str:
+        return self.template.rpartition(".")[0]
+
+    @cached_property
+    def path(self) -> tuple[str, ...]:
+        """The parts of the module's name."""
+        return tuple(self.module.split(".")) if self.module else ()
+
+    @cached_property
+    def parameter(self) -> str:
+        """`weight`, `bias`, or whatever the tensor is called in its module."""
+        return self.template.rpartition(".")[2]
+
+    @cached_property
+    def leaf(self) -> str:
+        """The name that tells most: the module's for a weight or bias, else the tensor's own."""
+        named = self.parameter in ("weight", "bias") and self.path
+        words = [part for part in self.path if part != "*"] if named else [self.parameter]
+        return words[-1] if words else self.parameter
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.parameter == "weight" and len(self.shape) == 2
+
+    @property
+    def stack(self) -> str | None:
+        """The list of layers that this belongs to: what stands before the first number."""
+        before, star, _ = self.template.partition(".*")
+        return before if star else None
+
+
+class Named(NamedTuple):
+    """A tensor, its name without numbers, and the place of its name in natural order."""
+
+    key: str
+    name: str
+    template: str
+    tensor: TensorSpec
+
+
+def in_order(tensors: Iterable[TensorSpec]) -> list[Named]:
+    """`tensors` in the natural order of their names."""
+    named = []
+    for tensor in tensors:
+        template, key = template_and_key(tensor.name)
+        named.append(Named(key, tensor.name, template, tensor))
+    named.sort()
+    return named
+
+
+def group(tensors: Iterable[Named]) -> list[Family]:
+    """The families of `tensors`, in the order of their first member."""
+    families: dict[tuple[str, tuple[int, ...], str], Family] = {}
+    for _, _, template, tensor in tensors:
+        key = template, tensor.shape, tensor.dtype
+        family = families.get(key)
+        if family is None:
+            family = families[key] = Family(*key, [])
+        family.members.append(tensor)
+    return list(families.values())
+
+
+class Structure:
+    """Which stacks of layers belong to the language model, and what stands beside what."""
+
+    def __init__(self, families: Sequence[Family], config: Config) -> None:
+        self.config = config
+        self._shapes: dict[str, dict[str, list[tuple[int, ...]]]] = defaultdict(dict)
+        self._stacks: dict[str, list[Family]] = defaultdict(list)
+        for family in families:
+            shapes = self._shapes[family.module].setdefault(family.parameter, [])
+            shapes.append(family.shape)
+            if family.stack is not None:
+                self._stacks[family.stack].append(family)
+        self._children: dict[str, set[str]] = defaultdict(set)
+        for module in self._shapes:
+            self._note_children(module)
+        outside = [f for f in families if f.stack is None and len(f.shape) == 2]
+        sizes = config.numbers_like(r"(?!type_).*vocab_size.*")
+        self.embeddings = _token_embeddings(outside, sizes)
+        self.heads = [f for f in outside if f.shape[0] in sizes and not EMBEDDING.search(f.leaf)]
+        self.widths = config.widths | {f.shape[1] for f in self.embeddings}
+        anchors = [*self.embeddings, *self.heads]
+        self.language = {stack for anchor in anchors for stack in self._beside(anchor)}
+        self.language = self.language or self._nearest([])
+        self._depths = {stack: self._depth(stack) for stack in self.language}
+        self._transposed = {s for s in self._stacks if self._is_transposed(s)}
+
+    def _note_children(self, module: str) -> None:
+        while module:
+            parent, _, leaf = module.rpartition(".")
+            if leaf in self._children[parent]:
+                return
+            self._children[parent].add(leaf)
+            module = parent
+
+    def _beside(self, anchor: Family) -> set[str]:
+        """The stacks nearest to a matrix of the vocabulary: the language model's layers."""
+        above = list(anchor.path[:-1])
+        least = 1 if anchor in self.heads else 0  # the head of any model may lie at the top
+        for length in range(len(above), least - 1, -1):
+            found = self._nearest(above[:length])
+            if found:
+                return found
+        return set()
+
+    def _nearest(self, above: Sequence[str]) -> set[str]:
+        """The stacks least deep below the module `above` that may be the language model's."""
+        depths = {s: s.count(".") for s in self._stacks if self._may_belong(s, above)}
+        nearest = min(depths.values(), default=0)
+        return {stack for stack, depth in depths.items() if depth == nearest}
+
+    def _may_belong(self, stack: str, above: Sequence[str]) -> bool:
+        path = stack.split(".")
+        if path[: len(above)] != list(above) or any(map(TOWER.search, path)):
+            return False
+        if any(map(PREDICTION.search, path)):
+            return False
+        matrices = [family for family in self._stacks[stack] if len(family.shape) > 1]
+        return any(not self.widths or self.widths & set(f.shape) for f in matrices)
+
+    def _depth(self, stack: str) -> int | None:
+        """How many layers the stack has by the config, where those past them are of another kind.
+
+        They predict further tokens: they hold tensors that no layer before them has.
+        """
+        declared = self.config.depths
+        first = [min(family.numbers) for family in self._stacks[stack]]
+        size = 1 + max(max(family.numbers) for family in self._stacks[stack])
+        count = max((count for count in declared if count <= size), default=size)
+        return count if any(number >= count for number in first) else None
+
+    def _is_transposed(self, stack: str) -> bool:
+        """Whether biases are as long as columns, never as rows: the weights are [in, out]."""
+        votes = set()
+        for family in self._stacks[stack]:
+            rows, columns = family.shape if family.is_matrix else (0, 0)
+            for bias in self.neighbours(family.module).get("bias", ()):
+                if rows != columns and bias in ((rows,), (columns,)):
+                    votes.add(bias == (columns,))
+        return votes == {True}
+
+    def neighbours(self, module: str) -> Mapping[str, list[tuple[int, ...]]]:
+        """The shapes of the tensors that `module` itself holds, by their names in it."""
+        return self._shapes.get(module, {})
+
+    def beside(self, family: Family) -> set[str]:
+        """The names of the modules and tensors that stand beside the family's module."""
+        parent = family.module.rpartition(".")[0]
+        return self._children.get(parent, set()) | set(self.neighbours(parent))
+
+    def is_transposed(self, family: Family) -> bool:
+        return family.stack in self._transposed
+
+    def cut(self, family: Family) -> tuple[list[Family], list[Family]]:
+        """The family's members within the language model's layers, and those past them."""
+        depth = self._depths.get(family.stack or "")
+        if depth is None or not family.numbers or max(family.numbers) < depth:
+            return [family], []
+        numbered = list(zip(family.members, family.numbers, strict=True))
+        past = [tensor for tensor, number in numbered if number >= depth]
+        within = [tensor for tensor, number in numbered if number < depth]
+        return [family.of(within)] if within else [], [family.of(past)]
+
+    def joins_vocabulary(self, family: Family) -> bool:
+        """A linear layer between the vocabulary and the layers of a model of text alone.
+
+        It changes the width, or a norm comes after it, as in the heads of masked language models.
+        """
+        if not family.is_matrix or family in self.heads or self._stacks.keys() - self.language:
+            return False
+        if POSITION.search(family.leaf):
+            return False
+        inner = self.config.widths
+        outer = {f.shape[1] for f in (*self.embeddings, *self.heads)}
+        if inner.isdisjoint(outer):
+            return {*family.shape} <= inner | outer and family.shape[0] != family.shape[1]
+        fits = family.shape[1] in inner and family.shape[0] in outer
+        return fits and not EMBEDDING.search(family.leaf) and self._is_normed(family)
+
+    def _is_normed(self, family: Family) -> bool:
+        """Whether a norm as wide as the family's rows stands in the same module."""
+        parent = family.module.rpartition(".")[0]
+        norms = [m for m in self._modules_in(parent) if NORM.search(m.rpartition(".")[2])]
+        return any((family.shape[0],) in self.neighbours(m).get("weight", []) for m in norms)
+
+    def _modules_in(self, parent: str) -> Iterator[str]:
+        for child in self._children.get(parent, ()):
+            yield f"{parent}.{child}" if parent else child
+
+
+def _token_embeddings(outside: Sequence[Family], sizes: set[int]) -> list[Family]:
+    """The matrices with a row for every token; by name and size where config has no match."""
+    named = [f for f in outside if EMBEDDING.search(f.leaf) and not POSITION.search(f.leaf)]
+    exact = [f for f in named if f.shape[0] in sizes]
+    if exact:
+        return exact
+    named = [f for f in named if not any(map(TOWER.search, f.path))]
+    largest = max((f.shape[0] for f in named), default=0)
+    return [f for f in named if f.shape[0] == largest]
