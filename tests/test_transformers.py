@@ -91,3 +91,106 @@ def test_compressed_tensors_accepts_the_config(
     parsed = QuantizationConfig.model_validate(config["quantization_config"])
     (group, *_) = parsed.config_groups.values()
     assert group.weights.strategy == scheme
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "topk_method": "noaux_tc",
+    },
+    "llama4": {
+        "intermediate_size": 128,
+        "intermediate_size_mlp": 384,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+    },
+}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 128,
+    "projector_input_dim": 128,
+    "projector_output_dim": 128,
+}
+
+
+def mixture(model_type: str) -> Any:
+    """A small mixture of experts in which every row of every weight has a size of its own."""
+    torch.manual_seed(1)
+    numbers = {**SMALL, **MIXTURES[model_type]}
+    if model_type == "llama4":
+        config = transformers.Llama4Config(text_config=numbers, vision_config=VISION)
+        model = transformers.Llama4ForConditionalGeneration(config)
+    else:
+        config = transformers.AutoConfig.for_model(model_type, **numbers)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_().mul_(torch.rand(*parameter.shape[:-1], 1) + 0.1)
+    return model.to(torch.bfloat16)
+
+
+def dequantized(model: Any) -> dict[str, torch.Tensor]:
+    """Every weight of a loaded model, compressed ones multiplied out, Llama-4's experts joined."""
+    state = model.state_dict()
+    weights = {
+        name: value.float() * state.get(f"{name}_scale", torch.ones(1)).float()
+        for name, value in state.items()
+        if not name.endswith("_scale")
+    }
+    sets = {name.partition(".experts.0.")[0] for name in weights if ".experts.0." in name}
+    for experts in (f"{name}.experts" for name in sets):
+        count = sum(name.startswith(experts) for name in weights) // 3
+        each = [
+            [weights.pop(f"{experts}.{e}.{leaf}_proj.weight").T for leaf in ("gate", "up", "down")]
+            for e in range(count)
+        ]
+        weights[f"{experts}.gate_up_proj"] = torch.stack([torch.cat(w[:2], 1) for w in each])
+        weights[f"{experts}.down_proj"] = torch.stack([w[2] for w in each])
+    return weights
+
+
+@pytest.mark.parametrize("model_type", list(MIXTURES))
+def test_experts_load_and_every_weight_is_at_its_place(
+    run: Runner, tmp_path: Path, model_type: str
+) -> None:
+    source = mixture(model_type)
+    source.save_pretrained(tmp_path / "source")
+    assert run("quantize", tmp_path / "source", tmp_path / "out").code == 0
+    logging.disable(logging.WARNING)
+    loaded, info = type(source).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()), info
+    found, expected = dequantized(loaded), source.state_dict()
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        error = (found[name] - weight.float()).norm() / weight.float().norm().clamp(min=1e-9)
+        assert error < 0.04, name
