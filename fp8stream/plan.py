@@ -6,6 +6,7 @@ follows.
 """
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -279,6 +280,7 @@ def plan_quantization(
     planned = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
     _check_unique(kinds, scheme)
     files = pack(_modules_of(planned), resources.max_shard_size, _METADATA)
+    warnings += _tie_warnings(kinds, config.ties_head, checkpoint.architecture or "")
     warnings += _size_warnings(kinds, resources)
     if not checkpoint.quantized_as:
         warnings += _coverage_warnings(kinds)
@@ -434,6 +436,24 @@ def _modules(planned: Sequence[TensorPlan], tied: bool) -> Modules:
         else:
             modules.linear[tensor.spec.module] = tensor.granularity
     return modules
+
+
+def _tie_warnings(
+    kinds: Sequence[Kind], ties_head: bool | None, architecture: str
+) -> Iterator[str]:
+    """Where the files and config.json disagree on whether the output head is the embedding."""
+    heads = [kind.first.name for kind in kinds if kind.treatment.known.role is Role.LM_HEAD]
+    if ties_head and heads:
+        yield (
+            f"{heads[0]} is in the files, although config.json ties it to the embedding: both are "
+            "written"
+        )
+    speaks = re.search(r"ForCausalLM|ForConditionalGeneration|LMHead", architecture)
+    if ties_head is False and not heads and speaks:
+        yield (
+            "there is no output head in the files, and config.json does not tie it to the "
+            "embedding: is the checkpoint whole?"
+        )
 
 
 def _size_warnings(kinds: Sequence[Kind], resources: Resources) -> Iterator[str]:

@@ -28,6 +28,9 @@ POSITION = re.compile(r"(^|_)(pos|positions?|positional|wpe|token_type|segment)(
 NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
+_TIES = "tie_word_embeddings"
+
+
 class Config:
     """What config.json says of the language model: the numbers under a key, wherever they stand.
 
@@ -44,6 +47,12 @@ class Config:
         spoken = [part for part in self._parts if "vocab_size" in part] or self._parts
         self.depths = _numbers(spoken, re.compile(r"(num_|n_)?((de|en)coder_|hidden_)?layers?"))
         self.experts = self.numbers_like(r"(moe_)?(num|n)_?(local|routed)?_?experts")
+
+    @property
+    def ties_head(self) -> bool | None:
+        """Whether the output head is the embedding; None where the config does not say."""
+        said = [part[_TIES] for part in self._parts if _TIES in part]
+        return next((value for value in said if isinstance(value, bool)), None)
 
     def numbers(self, *keys: str) -> set[int]:
         """Every positive whole number under one of `keys`."""

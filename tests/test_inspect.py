@@ -163,3 +163,16 @@ def test_nothing_to_quantize_is_refused_with_the_reasons(run: Runner, tmp_path: 
     assert "nothing to quantize" in done.err
     assert "Conv1D" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ties", [True, False, None])
+@pytest.mark.parametrize("head", [True, False])
+def test_a_head_that_is_not_where_the_config_says_is_told(
+    run: Runner, tmp_path: Path, ties: bool | None, head: bool
+) -> None:
+    config = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": ties}
+    tensors = llama_tensors(tied=not head)
+    done = run("inspect", write_checkpoint(tmp_path / "m", tensors, config=config))
+    told = [line for line in done.err.splitlines() if "config.json" in line]
+    assert len(told) == (ties is head)
+    assert all(("both are written" if head else "is the checkpoint whole") in t for t in told)

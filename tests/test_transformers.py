@@ -82,6 +82,34 @@ def test_it_loads_without_a_missing_or_unexpected_key_and_runs(
     assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean() > 0.98
 
 
+def test_blocks_that_cannot_run_fall_back_and_the_model_generates(
+    run: Runner, tmp_path: Path
+) -> None:
+    """Activations are grouped by 128: with 192 of them whole block scales die in the forward."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "llama", **{**SMALL, "hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 1}
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    done = run("quantize", tmp_path / "source", tmp_path / "out", "--scheme", "block")
+    assert done.code == 0
+    assert "channel scales instead of blocks" in done.err
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = written["config_groups"].values()
+    assert [group["weights"]["strategy"] for group in groups] == ["block", "channel"]
+    found, info = logits(tmp_path / "out")
+    assert not any(info.values()), info
+    expected, _ = logits(tmp_path / "source")
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).mean() > 0.98
+    refused = run(
+        "quantize", tmp_path / "source", tmp_path / "x", "--scheme", "block", "--format", "fp8"
+    )
+    assert refused.code == 1
+    assert "no multiple of 128" in refused.err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("scheme", ["channel", "block", "tensor"])
 def test_compressed_tensors_accepts_the_config(
     run: Runner, source: Path, tmp_path: Path, scheme: str
