@@ -6,14 +6,14 @@ follows.
 """
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from fp8stream import __version__
+from fp8stream.advice import advise
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.declaration import Modules, declare
 from fp8stream.engines import fall_back, keep_unquantized
@@ -21,13 +21,13 @@ from fp8stream.errors import SchemeError
 from fp8stream.experts import AS_KNOWN, Arrangement, ExpertOptions, arrange
 from fp8stream.header import TensorSpec
 from fp8stream.layout import OutputFile, OutputTensor, entry_room, pack
-from fp8stream.memory import SlabDemand, Workspace, format_size, plan_workspace
+from fp8stream.memory import SlabDemand, Workspace, plan_workspace
 from fp8stream.policy import Patterns, decide
 from fp8stream.roles import Classified, Role, classify, expert_module, fused_set, is_tied
-from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.scheme import Granularity, Scheme
 from fp8stream.structure import Config, Family, in_order
 from fp8stream.views import Runs
-from fp8stream.weights import Kept, LinearLayers, StackedExperts, Treatment, WeightPlan
+from fp8stream.weights import Kept, Kind, LinearLayers, StackedExperts, Treatment, WeightPlan
 
 _METADATA = {"format": "pt", "fp8stream": __version__}
 # What a name grows by, at most: `.123456.gate_proj.weight_scale_inv`.
@@ -94,34 +94,6 @@ class TensorPlan:
         """Bytes that the outputs take in a header, at most: their names grow by a suffix."""
         count = 2 * self.treatment.count or 1
         return count * (entry_room(self.spec.name, max(3, len(self.spec.shape))) + _SUFFIX)
-
-    @property
-    def is_layer(self) -> bool:
-        """Whether this is a layer in the sense of the counts: one weight with two sides or more."""
-        weight = self.known.stacked or self.spec.name.endswith(".weight")
-        return weight and len(self.spec.shape) >= 2
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Tensors that are alike, by template, shape and dtype, and are treated alike."""
-
-    template: str
-    treatment: Treatment
-    members: list[TensorSpec]
-
-    @property
-    def first(self) -> TensorSpec:
-        return self.members[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the source."""
-        return len(self.members) * self.first.nbytes
-
-    @property
-    def is_layer(self) -> bool:
-        return TensorPlan(self.first, self.treatment).is_layer
 
 
 @dataclass(frozen=True)
@@ -263,39 +235,48 @@ def plan_quantization(
     CheckpointError where config.json contradicts the shapes of experts, BudgetError for a budget
     that is too small.
     """
-    warnings = list(checkpoint.warnings)
     config = Config(checkpoint.config)
     ordered = in_order(checkpoint.tensors)
     classified = keep_unquantized(classify(ordered, config), config)
+    warnings = list(checkpoint.warnings)
     tied = is_tied(classified)
-    if checkpoint.quantized_as:
-        classified = {family: _as_it_is(known) for family, known in classified.items()}
-        warnings.append(f"already quantized ({checkpoint.quantized_as}): quantize refuses it")
-    families, arrangements = arrange(classified, config, scheme, experts)
-    decided = decide(families, patterns, tied, warnings)
-    decided, to_channel = fall_back(families, decided, scheme, config, warnings)
-    planner = _Planner(scheme, decided, to_channel, arrangements)
-    kinds = tuple(kind for family in families for kind in planner.kinds(family))
+    kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
+    warnings += advise(kinds, scheme, config, checkpoint, resources.max_shard_size)
     treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
-    planned = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
-    _check_unique(kinds, scheme)
-    files = pack(_modules_of(planned), resources.max_shard_size, _METADATA)
-    warnings += _tie_warnings(kinds, config.ties_head, checkpoint.architecture or "")
-    warnings += _size_warnings(kinds, resources)
-    if not checkpoint.quantized_as:
-        warnings += _coverage_warnings(kinds)
-        warnings += _reader_warnings(kinds, scheme)
+    tensors = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
     return Plan(
         scheme,
-        planned,
+        tensors,
         kinds,
-        files,
-        {**checkpoint.config, "quantization_config": declare(scheme, _modules(planned, tied))},
+        pack(_modules_of(tensors), resources.max_shard_size, _METADATA),
+        {**checkpoint.config, "quantization_config": declare(scheme, _modules(tensors, tied))},
         _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
         tied,
         tuple(warnings),
     )
+
+
+def _kinds(
+    checkpoint: Checkpoint,
+    classified: Mapping[Family, Classified],
+    config: Config,
+    scheme: Scheme,
+    patterns: Patterns,
+    experts: ExpertOptions,
+    warnings: list[str],
+) -> tuple[Kind, ...]:
+    """What becomes of every tensor: the default, what was asked for, what engines make of it."""
+    if checkpoint.quantized_as:
+        classified = {family: _as_it_is(known) for family, known in classified.items()}
+        warnings.append(f"already quantized ({checkpoint.quantized_as}): quantize refuses it")
+    families, arrangements = arrange(classified, config, scheme, experts)
+    decided = decide(families, patterns, is_tied(families), warnings)
+    decided, to_channel = fall_back(families, decided, scheme, config, warnings)
+    planner = _Planner(scheme, decided, to_channel, arrangements)
+    kinds = tuple(kind for family in families for kind in planner.kinds(family))
+    _check_unique(kinds, scheme)
+    return kinds
 
 
 def _as_it_is(known: Classified) -> Classified:
@@ -436,82 +417,3 @@ def _modules(planned: Sequence[TensorPlan], tied: bool) -> Modules:
         else:
             modules.linear[tensor.spec.module] = tensor.granularity
     return modules
-
-
-def _tie_warnings(
-    kinds: Sequence[Kind], ties_head: bool | None, architecture: str
-) -> Iterator[str]:
-    """Where the files and config.json disagree on whether the output head is the embedding."""
-    heads = [kind.first.name for kind in kinds if kind.treatment.known.role is Role.LM_HEAD]
-    if ties_head and heads:
-        yield (
-            f"{heads[0]} is in the files, although config.json ties it to the embedding: both are "
-            "written"
-        )
-    speaks = re.search(r"ForCausalLM|ForConditionalGeneration|LMHead", architecture)
-    if ties_head is False and not heads and speaks:
-        yield (
-            "there is no output head in the files, and config.json does not tie it to the "
-            "embedding: is the checkpoint whole?"
-        )
-
-
-def _size_warnings(kinds: Sequence[Kind], resources: Resources) -> Iterator[str]:
-    outputs = (output for kind in kinds for output in kind.treatment.outputs(kind.first))
-    largest = max((output.nbytes for output in outputs), default=0)
-    if largest > resources.max_shard_size:
-        yield (
-            f"--max-shard-size {format_size(resources.max_shard_size)} is less than the largest "
-            f"tensor, which takes a file of {format_size(largest)}"
-        )
-
-
-def _coverage_warnings(kinds: Sequence[Kind]) -> Iterator[str]:
-    kept = Counter[str]()
-    for kind in kinds:
-        if not kind.treatment.count:
-            kept[kind.treatment.known.reason] += kind.nbytes
-    total = sum(kind.nbytes for kind in kinds)
-    if not any(kind.treatment.count for kind in kinds):
-        yield "nothing is quantized: see the reasons, and --include"
-    elif 2 * kept.total() > total:
-        ((reason, size), *_) = kept.most_common(1)
-        yield (
-            f"{100 * kept.total() / total:.0f} % of bytes stay in 16 bit, the most of them "
-            f"({100 * size / total:.0f} %) for one reason: {reason}"
-        )
-    for role in (Role.ROUTER, Role.LM_HEAD):
-        found = [
-            spec.name
-            for kind in kinds
-            if kind.treatment.count and kind.treatment.known.role is role
-            for spec in kind.members
-        ]
-        if found:
-            yield f"engines may not load an FP8 {role.value}: {_some(found)}"
-
-
-def _reader_warnings(kinds: Sequence[Kind], scheme: Scheme) -> Iterator[str]:
-    """What transformers does not read of what vLLM does."""
-    if (scheme.format, scheme.granularity) == (OutputFormat.FP8, Granularity.TENSOR):
-        yield "transformers reads no tensor scales under --format fp8; vLLM does"
-        return
-    caveats = {_caveat(kind, scheme): kind.template for kind in reversed(kinds)}
-    for caveat, template in caveats.items():
-        if caveat:
-            yield f"{caveat}: {template}"
-
-
-def _caveat(kind: Kind, scheme: Scheme) -> str:
-    """Who does not read what the experts of a kind become; empty if vLLM and transformers do."""
-    treatment = kind.treatment
-    if isinstance(treatment, StackedExperts):
-        return treatment.arrangement.caveat
-    expert = treatment.known.role is Role.EXPERT
-    blocks = scheme.format is OutputFormat.COMPRESSED_TENSORS
-    blocks = blocks and treatment.granularity is Granularity.BLOCK
-    return "transformers does not read such experts, vLLM does" if expert and blocks else ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

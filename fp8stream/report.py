@@ -17,11 +17,12 @@ from fp8stream.checkpoint import Checkpoint
 from fp8stream.memory import MemoryUsage, format_size
 from fp8stream.names import numbers_in, spans
 from fp8stream.parallel import safe_sizes
-from fp8stream.plan import Kind, Plan, TensorPlan
+from fp8stream.plan import Plan, TensorPlan
 from fp8stream.roles import Role
 from fp8stream.scheme import Granularity
 from fp8stream.structure import Config
 from fp8stream.summary import active_parameters, largest_layer, spread_modules
+from fp8stream.weights import Kind
 
 if TYPE_CHECKING:
     from rich.console import Console

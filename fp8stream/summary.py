@@ -6,9 +6,10 @@ Pure: everything is read off the plan.
 from collections import Counter
 from collections.abc import Mapping
 
-from fp8stream.plan import Kind, Plan
+from fp8stream.plan import Plan
 from fp8stream.roles import Role
 from fp8stream.structure import Config
+from fp8stream.weights import Kind
 
 
 def active_parameters(plan: Plan, config: Config) -> int | None:

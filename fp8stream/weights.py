@@ -180,6 +180,30 @@ class StackedExperts:
 Treatment = Kept | LinearLayers | StackedExperts
 
 
+@dataclass(frozen=True)
+class Kind:
+    """Tensors that are alike, by template, shape and dtype, and are treated alike."""
+
+    template: str
+    treatment: Treatment
+    members: list[TensorSpec]
+
+    @property
+    def first(self) -> TensorSpec:
+        return self.members[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source."""
+        return len(self.members) * self.first.nbytes
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether each is a layer in the sense of the counts: a weight with two sides or more."""
+        weight = self.treatment.known.stacked or self.first.name.endswith(".weight")
+        return weight and len(self.first.shape) >= 2
+
+
 def _split(
     spec: TensorSpec, arrangement: Arrangement, granularity: Granularity, scheme: Scheme
 ) -> Iterator[WeightPlan]:

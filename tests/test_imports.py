@@ -20,6 +20,7 @@ HOUSE = [
     "parallel",
     "summary",
     "plan",
+    "advice",
     "weights",
     "layout",
     "reader",
@@ -44,6 +45,7 @@ HOUSE = [
 ]
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
+    "advice",
     "plan",
     "weights",
     "layout",
