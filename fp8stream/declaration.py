@@ -39,6 +39,12 @@ class Modules:
     linear: dict[str, Granularity | None] = field(default_factory=dict)
     experts: dict[str, Granularity | None] = field(default_factory=dict)
 
+    def add_experts(self, module: str, granularity: Granularity | None) -> None:
+        """Notes experts of `module`. Raises SchemeError if others of it are treated otherwise."""
+        if self.experts.setdefault(module, granularity) is not granularity:
+            what = "some of its experts are quantized otherwise than others, and engines ask once"
+            raise SchemeError(_untrue(module, what))
+
     def kept(self) -> list[str]:
         return [name for name, found in self.everything() if found is None]
 

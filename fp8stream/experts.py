@@ -8,6 +8,7 @@ the table keeps its experts in 16 bit. Pure.
 The facts were read from, and mostly run through, the loaders of vLLM 0.32 and transformers 5.23.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -125,7 +126,7 @@ class Facts:
             return ""
         if default or form in self.vllm:
             return "transformers does not read such experts, vLLM does"
-        return "no engine is known to load such experts in this form"
+        return _UNREAD
 
 
 def _column(scheme: Scheme) -> int:
@@ -139,6 +140,7 @@ _OUT_IN, _IN_OUT = ExpertLayout.OUT_IN, ExpertLayout.IN_OUT
 _SPLIT, _FUSED, _KEEP = ExpertForm.PER_EXPERT, ExpertForm.FUSED, ExpertForm.KEEP
 _NO_ENGINE = "no engine loads these experts in FP8"
 _STATE = "state it with --expert-layout"
+_UNREAD = "no engine is known to load such experts in this form"
 _SPLIT_THEM = "use --experts per-expert"
 _KEEP_THEM = "keep them in 16 bit with --experts keep"
 
@@ -237,18 +239,22 @@ def arrange(
     """
     decided = {family: known for family, known in classified.items() if not known.stacked}
     arrangements: dict[Family, Arrangement] = {}
-    biased = {f.template.removesuffix("_bias") for f in classified if f.template.endswith("_bias")}
+    biased = {
+        f.template.removesuffix("bias")[:-1] for f in classified if f.parameter[-4:] == "bias"
+    }
     for members in _sets(classified):
         choice = _Choice(tuple(members), _facts(config, options), scheme, options)
         objection = next((known.reason for known in members.values() if not known.quantize), "")
-        reason = choice.reason_to_keep(objection, any(f.template in biased for f in members))
+        reason = choice.reason_to_keep(objection, any(_stem(f) in biased for f in members))
         for family, known in members.items():
             told = known.but(not reason, reason or choice.words)
             decided[family] = replace(told, quantizable=not reason)
         if not reason:
             arrangements |= choice.arrangements(config)
-    if options.form is not ExpertForm.AUTO and not any(known.stacked for known in decided.values()):
-        decided = _without_stacked(decided, options.form)
+    if options.form is _KEEP:
+        decided = _without_experts(decided)
+    elif options.form is _FUSED and not any(known.stacked for known in decided.values()):
+        raise SchemeError("--experts fused: the source has no experts that lie in one tensor")
     return decided, arrangements
 
 
@@ -272,26 +278,27 @@ def _sets(classified: Mapping[Family, Classified]) -> list[dict[Family, Classifi
     return list(found.values())
 
 
-def _without_stacked(
-    decided: dict[Family, Classified], form: ExpertForm
-) -> dict[Family, Classified]:
-    """What `--experts` means to a source without fused experts: keep them, or nothing."""
-    if form is ExpertForm.FUSED:
-        raise SchemeError("--experts fused: the source has no experts that lie in one tensor")
-    kept = {
+def _without_experts(decided: Mapping[Family, Classified]) -> dict[Family, Classified]:
+    """All experts in 16 bit, those that are matrices of their own too."""
+    return {
         family: known.but(False, "--experts keep")
+        if known.role is Role.EXPERT and known.quantize
+        else known
         for family, known in decided.items()
-        if known.role is Role.EXPERT and known.quantize and form is ExpertForm.KEEP
     }
-    return decided | kept
+
+
+def _stem(family: Family) -> str:
+    """What the name of the family's bias begins with: `a.fc1` of `a.fc1.weight`."""
+    return re.sub(r"[._]weight$", "", family.template)
 
 
 def check_fused(name: str, layout: ExpertLayout, granularity: Granularity) -> None:
     """Raises SchemeError where scales cannot follow a tensor that stays as it lies."""
     if layout.transposed and granularity is not Granularity.BLOCK:
         raise SchemeError(
-            f"tensor {name!r}: experts that lie transposed in one tensor have no "
-            f"{granularity.value} scales; {_SPLIT_THEM}"
+            f"tensor {name!r}: {granularity.value} scales for experts that lie transposed in one "
+            f"tensor are not written; {_SPLIT_THEM}"
         )
 
 
@@ -313,8 +320,16 @@ class _Choice:
 
     @property
     def form(self) -> ExpertForm:
-        asked = self.options.form
-        return self.facts.form(self.scheme) if asked is ExpertForm.AUTO else asked
+        if self.options.form is not ExpertForm.AUTO:
+            return self.options.form
+        known = self.facts.form(self.scheme)
+        # Engines read one tensor in one layout alone.
+        return _SPLIT if known is _FUSED and self._is_stated_otherwise else known
+
+    @property
+    def _is_stated_otherwise(self) -> bool:
+        """Whether the layout that was stated is not the one that engines know."""
+        return self.options.layout not in (None, self.facts.layout)
 
     @property
     def where(self) -> str:
@@ -342,7 +357,8 @@ class _Choice:
         if form is ExpertForm.AUTO and self.facts is _UNKNOWN:
             return f"experts of a model type whose layout is not known: {_STATE}"
         if form is ExpertForm.AUTO and self._is_refused:
-            raise SchemeError(f"{self.where}: {_NO_ENGINE} under {self.scheme}; {_KEEP_THEM}")
+            under = f"--format {self.scheme.format.value} --scheme {self.scheme.granularity.value}"
+            raise SchemeError(f"{self.where}: {_NO_ENGINE} under {under}; {_KEEP_THEM}")
         if self.form is not _KEEP:
             self._check_form(biased)
         return self.facts.why if self.form is _KEEP else ""
@@ -376,6 +392,8 @@ class _Choice:
         renamed = self.form is _FUSED and family.leaf in _RENAMED
         name = f"{{set}}.{_RENAMED[family.leaf]}" if renamed else "{name}"
         caveat = self.facts.caveat(self.scheme, self.form)
+        if self.form is _FUSED and self._is_stated_otherwise:
+            caveat = _UNREAD
         return Arrangement(self.form, layout, projections, name, self.facts.scale_name, caveat)
 
     def _layout_from(self, config: Config) -> ExpertLayout:
@@ -437,6 +455,13 @@ class _Sizes:
 
     def contradiction(self, family: Family, layout: ExpertLayout) -> str:
         """What is wrong with the family's shape under `layout`; empty if nothing is."""
+        out = family.shape[2 if layout.transposed else 1]
+        if out % len(_PROJECTIONS[family.leaf]):
+            return (
+                f"{family.members[0].file}: tensor {family.members[0].name!r}: shape "
+                f"{list(family.shape)}: gate and up share the output side, read as "
+                f"{layout.value} {out}: expected an even number; {_STATE}"
+            )
         hidden, intermediate = _sides(family, layout)
         for found, expected, what in (
             (family.shape[0], self.experts, "experts"),

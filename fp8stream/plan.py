@@ -92,7 +92,7 @@ class TensorPlan:
     @property
     def room(self) -> int:
         """Bytes that the outputs take in a header, at most: their names grow by a suffix."""
-        count = 2 * self.treatment.count or 1
+        count = self.treatment.pieces
         return count * (entry_room(self.spec.name, max(3, len(self.spec.shape))) + _SUFFIX)
 
 
@@ -249,7 +249,7 @@ def plan_quantization(
         tensors,
         kinds,
         pack(_modules_of(tensors), resources.max_shard_size, _METADATA),
-        {**checkpoint.config, "quantization_config": declare(scheme, _modules(tensors, tied))},
+        {**checkpoint.config, "quantization_config": declare(scheme, _modules(kinds, tied))},
         _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
         tied,
@@ -376,9 +376,10 @@ def _check_unique(kinds: Sequence[Kind], scheme: Scheme) -> None:
             for name in kind.treatment.names(spec):
                 if name != spec.name and name in taken:
                     raise SchemeError(
-                        f"tensor {name!r}: the source has it already, where an output of "
-                        f"{spec.name} would stand; keep that one with --ignore"
+                        f"tensor {name!r}: there is one already where an output of {spec.name} "
+                        "would stand; keep that one with --ignore"
                     )
+                taken.add(name)
 
 
 def _plan_workspace(kinds: Sequence[Kind], resources: Resources) -> Workspace:
@@ -399,21 +400,23 @@ def _demand(kinds: Sequence[Kind]) -> SlabDemand:
     )
 
 
-def _modules(planned: Sequence[TensorPlan], tied: bool) -> Modules:
+def _modules(kinds: Sequence[Kind], tied: bool) -> Modules:
     """What engines take for linear layers, and the granularity of each."""
     modules = Modules()
     if tied:
         # In no file, but a module of the model: it must be named all the same.
         modules.linear["lm_head"] = None
-    within = ""
-    for tensor in planned:
-        if not tensor.known.linear_like or (within and tensor.spec.name.startswith(within)):
+    for kind in kinds:
+        known, granularity = kind.treatment.known, kind.treatment.granularity
+        if not known.linear_like:
             continue
-        module = expert_module(tensor.spec.name) if tensor.role is Role.EXPERT else ""
-        # Under another name engines would not know them for experts.
-        if module.endswith("experts") or tensor.known.stacked:
-            within = f"{module}."
-            modules.experts[module] = tensor.granularity
-        else:
-            modules.linear[tensor.spec.module] = tensor.granularity
+        holder = ""
+        for spec in kind.members:
+            if known.role is Role.EXPERT and not (holder and spec.name.startswith(holder)):
+                holder = f"{expert_module(spec.name)}."
+            # Under another name engines would not know them for experts.
+            if known.role is Role.EXPERT and (holder.endswith("experts.") or known.stacked):
+                modules.add_experts(holder.removesuffix("."), granularity)
+            else:
+                modules.linear[spec.module] = granularity
     return modules

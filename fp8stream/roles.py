@@ -153,7 +153,7 @@ def _objection(family: Family) -> str:
         return "nested too deep to be a layer of a model"
     if family.dtype not in SOURCE_DTYPES:
         return f"{family.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
-    if min(family.shape[-2:]) < SMALLEST_SIDE:
+    if min(family.shape[-2:]) < SMALLEST_SIDE or not family.shape[0]:
         return f"a side under {SMALLEST_SIDE}: too small to gain"
     return ""
 
@@ -311,7 +311,7 @@ def expert_module(name: str) -> str:
     """
     path = name.split(".")
     at = expert_list(path)
-    if at is not None and (path[at] != "moe" or _is_number(path[at + 1])):
+    if at is not None and (path[at] != "moe" or any(map(_is_number, path[at + 1 : at + 2]))):
         return ".".join(path[: at + 1])
     holder = path[:-2] if path[-1] == "weight" else path[:-1]
     return ".".join([*holder, "experts"])

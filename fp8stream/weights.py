@@ -68,6 +68,7 @@ class Kept:
     known: Classified
     granularity: None = None
     count: int = 0
+    pieces: int = 1
 
     def weights(self, spec: TensorSpec) -> tuple[WeightPlan, ...]:
         """None."""
@@ -95,6 +96,7 @@ class LinearLayers:
     shape: tuple[int, int]
     scheme: Scheme
     count: int = 1
+    pieces: int = 2
 
     def weights(self, spec: TensorSpec) -> tuple[WeightPlan, ...]:
         """The weight that `spec` is."""
@@ -155,6 +157,11 @@ class StackedExperts:
         """How many weights there are in a tensor."""
         fused = self.arrangement.form is ExpertForm.FUSED
         return self.shape[0] * (1 if fused else len(self.arrangement.projections))
+
+    @property
+    def pieces(self) -> int:
+        """How many outputs a tensor has."""
+        return 2 if self.arrangement.form is ExpertForm.FUSED else 2 * self.count
 
     def weights(self, spec: TensorSpec) -> tuple[WeightPlan, ...]:
         """The weights that lie in `spec`."""
