@@ -198,46 +198,28 @@ def _group_of(name: str, groups: Sequence[tuple[str, Callable[[str], bool], bool
 def _prove_fp8(ignored: Sequence[str], modules: Modules, scheme: Scheme) -> None:
     """Reads the list as vLLM and as transformers do, and compares with `modules`.
 
-    vLLM compares names whole, and takes an expert's for one that an entry holds; transformers
-    takes an entry for an expression, for all that is in a module, and for what ends like it.
+    vLLM compares names whole, and takes an expert's for one that an entry holds. transformers
+    takes an entry for an expression from a name's start, for all that is in a module, and for what
+    ends like it: entries of words and dots alone are looked up, in which a dot stands for any sign.
     Raises SchemeError.
     """
-    entries = set(ignored)
+    entries, loose = set(ignored), {_loose(entry): entry for entry in ignored}
     for name, granularity in modules.everything():
         found = None if name in entries else scheme.granularity
         _compare(name, granularity, found.value if found else None)
-    quantized = modules.quantized()
-    within = [entry for entry in ignored if "experts" in entry]
-    for name in (name for name in quantized if "experts" in name):
-        _refuse(name, next((entry for entry in within if name in entry), None))
-    like, named = _numberless(quantized), _numberless(ignored)
-    for shape, names in like.items():
-        close = [found for other, found in named.items() if _may_hit(other, shape)]
-        for name in names:
-            hits = (entry for found in close for entry in found if _hits(entry, name))
-            _refuse(name, next(hits, None))
+    for entry in ignored:
+        if not re.fullmatch(r"[\w.-]+", entry):
+            raise SchemeError(_untrue(entry, "transformers would read its name as an expression"))
+    held = "\n".join(entry for entry in ignored if "experts" in entry)
+    for name in modules.quantized():
+        _refuse(name, next((name[at:] for at in range(len(name)) if name[at:] in entries), None))
+        above = (_loose(module) for module in _ancestors([name]))
+        _refuse(name, next((loose[module] for module in above if module in loose), None))
+        _refuse(name, name if "experts" in name and name in held else None)
 
 
-def _numberless(names: Iterable[str]) -> dict[str, list[str]]:
-    """`names` by what they are with 0 for every number."""
-    found: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        found[re.sub("[0-9]+", "0", name)].append(name)
-    return found
-
-
-def _may_hit(entry: str, name: str) -> bool:
-    """Whether an entry may hit a name, both with 0 for every number."""
-    return _hits(entry.replace("0", "[0-9]+"), name) or name.endswith(entry)
-
-
-def _hits(entry: str, name: str) -> bool:
-    """Whether transformers leaves out module `name` for `entry` (should_convert_module)."""
-    try:
-        expression = re.compile(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))")
-    except re.error:
-        return True  # transformers fails at it
-    return bool(expression.match(name)) or name.endswith(entry)
+def _loose(name: str) -> str:
+    return re.sub(r"[\W_]", ".", name)
 
 
 def _refuse(name: str, hit: str | None) -> None:
