@@ -87,7 +87,7 @@ def _expression(
 ) -> "re.Pattern[str] | None":
     try:
         return re.compile(value) if value is not None else None
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
 
 

@@ -28,7 +28,7 @@ def keep_unquantized(
     classified: Mapping[Family, Classified], config: Config
 ) -> dict[Family, Classified]:
     """`classified`, without what no engine would read in FP8 for this model type."""
-    kept = {module for types, module in _NEVER if types & set(config.model_types)}
+    kept = {module for types, module in _NEVER if config.is_one_of(types)}
     reason = "vLLM builds this model's attention without quantization"
     return {
         family: known.but(False, reason) if known.quantize and kept & set(family.path) else known
@@ -91,9 +91,7 @@ def _objection(family: Family, known: Classified, scheme: Scheme, config: Config
     rows, columns = family.shape[-2:]
     ragged = [side for side in (columns, rows) if side % BLOCK]
     last = not known.fused or family.leaf == known.fused[-1]
-    permuted = any(
-        types & set(config.model_types) and family.leaf in leaves for types, leaves in _PERMUTED
-    )
+    permuted = any(config.is_one_of(types) and family.leaf in leaves for types, leaves in _PERMUTED)
     if permuted:
         return "engines permute its rows at load, which block scales do not follow"
     if family.leaf in _ALTERNATING:

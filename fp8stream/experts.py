@@ -304,7 +304,7 @@ def check_fused(name: str, layout: ExpertLayout, granularity: Granularity) -> No
 
 def _facts(config: Config, options: ExpertOptions) -> Facts:
     for types, facts in _FACTS:
-        if types & set(config.model_types):
+        if config.is_one_of(types):
             return facts
     return _GENERIC if options.layout else _UNKNOWN
 

@@ -239,7 +239,7 @@ def plan_quantization(
     ordered = in_order(checkpoint.tensors)
     classified = keep_unquantized(classify(ordered, config), config)
     warnings = list(checkpoint.warnings)
-    tied = is_tied(classified)
+    tied = is_tied(classified, config)
     kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
     warnings += advise(kinds, scheme, config, checkpoint, resources.max_shard_size)
     treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
@@ -271,7 +271,7 @@ def _kinds(
         classified = {family: _as_it_is(known) for family, known in classified.items()}
         warnings.append(f"already quantized ({checkpoint.quantized_as}): quantize refuses it")
     families, arrangements = arrange(classified, config, scheme, experts)
-    decided = decide(families, patterns, is_tied(families), warnings)
+    decided = decide(families, patterns, is_tied(families, config), warnings)
     decided, to_channel = fall_back(families, decided, scheme, config, warnings)
     planner = _Planner(scheme, decided, to_channel, arrangements)
     kinds = tuple(kind for family in families for kind in planner.kinds(family))

@@ -86,11 +86,13 @@ class Names:
 
     @cached_property
     def _exact(self) -> dict[str, list[str]]:
-        """The tensors that an exact name means."""
+        """The tensors that an exact name means: its own, or all that are in a module."""
         exact: dict[str, list[str]] = defaultdict(list)
-        for name, module in self._modules.items():
-            exact[name].append(name)
-            exact[module].append(name)
+        for name in self._modules:
+            part = name
+            while part:
+                exact[part].append(name)
+                part = part.rpartition(".")[0]
         return exact
 
     def match(self, pattern: str) -> Sequence[str]:
@@ -99,10 +101,8 @@ class Names:
             raise SchemeError("an empty pattern matches nothing; was a variable not set?")
         if pattern.startswith("re:"):
             names = self._match(self._regex(pattern))
-        elif pattern in self._exact:
-            names = self._exact[pattern]
         else:
-            names = self._match(lambda name: name.startswith(pattern + "."))
+            names = self._exact.get(pattern, [])
         if not names and not self._is_tied_head(pattern):
             raise SchemeError(
                 f"pattern {pattern!r} matches nothing{_nearest(pattern, list(self._modules))}"
@@ -115,7 +115,7 @@ class Names:
     def _regex(self, pattern: str) -> Callable[[str], object]:
         try:
             return re.compile(pattern[3:]).match
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise SchemeError(f"pattern {pattern!r} is not a regular expression: {error}") from None
 
     def _is_tied_head(self, pattern: str) -> bool:

@@ -168,7 +168,7 @@ def _source_rows(checkpoint: Checkpoint, plan: Plan) -> list[tuple[str, str]]:
         ("parameters", f"{checkpoint.parameters:,}{for_each}"),
         ("tensors", f"{len(checkpoint.tensors):,} in {_files(checkpoint, plan)}"),
         ("bytes", ", ".join(f"{dtype} {format_size(size)}" for dtype, size in sizes)),
-        ("output head", _head(plan)),
+        ("output head", _head(plan, Config(checkpoint.config))),
         ("quantized as", _quantized_as(checkpoint)),
     ]
 
@@ -195,9 +195,10 @@ def _quantized_as(checkpoint: Checkpoint) -> str:
     return f"{checkpoint.quantized_as}: {len(narrow):,} weights, {share:.0f} % of bytes"
 
 
-def _head(plan: Plan) -> str:
+def _head(plan: Plan, config: Config) -> str:
     if plan.tied:
-        return "tied to the embedding, written once"
+        missing = config.ties_head is False
+        return "not in the files" if missing else "tied to the embedding, written once"
     heads = [tensor.spec for tensor in plan.tensors if tensor.role is Role.LM_HEAD]
     return ", ".join(f"{head.name} {list(head.shape)}" for head in heads) or "none"
 

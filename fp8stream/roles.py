@@ -235,7 +235,7 @@ def _in_layer(family: Family, structure: Structure) -> tuple[Role, str]:
         return Role.LINEAR, "a Conv1D: its weight is transposed, [in, out]"
     if _STEP.search(family.leaf) and {"A_log", "D"} <= structure.beside(family):
         return Role.OTHER, "makes the time step of a state space"
-    if "indexer" in family.path and family.shape[0] in structure.config.numbers("index_n_heads"):
+    if "indexer" in family.path and family.leaf == "weights_proj":
         return Role.OTHER, "weighs the heads of an indexer: engines keep it in 16 bit"
     return Role.EXPERT if _is_expert(family) else Role.LINEAR, ""
 
@@ -284,7 +284,7 @@ def _fused(family: Family, structure: Structure) -> tuple[str, ...]:
     leaf = family.path[-1] if family.path else ""
     beside = structure.beside(family)
     for types, members in _FUSED:
-        if leaf in members and (not types or types & set(structure.config.model_types)):
+        if leaf in members and (not types or structure.config.is_one_of(types)):
             present = tuple(member for member in members if member in beside)
             if len(present) > 1:
                 return present
@@ -340,7 +340,8 @@ def sets(
             yield from found.values()
 
 
-def is_tied(families: Mapping[Family, Classified]) -> bool:
-    """Whether the output head is the embedding: no file holds a head of its own."""
+def is_tied(families: Mapping[Family, Classified], config: Config) -> bool:
+    """Whether the model has an output head that no file holds: most often the embedding."""
     roles = {known.role for known in families.values()}
-    return Role.LM_HEAD not in roles and Role.EMBEDDING in roles
+    headless = Role.LM_HEAD not in roles and Role.EMBEDDING in roles
+    return headless and not config.is_headless

@@ -6,7 +6,7 @@ is what repeats over layers nearest to it; whatever else repeats is a tower. Pur
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -53,6 +53,17 @@ class Config:
         """Whether the output head is the embedding; None where the config does not say."""
         said = [part[_TIES] for part in self._parts if _TIES in part]
         return next((value for value in said if isinstance(value, bool)), None)
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the architecture is a bare model, `LlamaModel`, which gives hidden states."""
+        names = self._parts[0].get("architectures")
+        named = names[:1] if isinstance(names, list) else []
+        return any(isinstance(name, str) and name.endswith("Model") for name in named)
+
+    def is_one_of(self, types: frozenset[str]) -> bool:
+        """Whether the model, or one in it, is of one of these types."""
+        return not types.isdisjoint(self.model_types)
 
     def numbers(self, *keys: str) -> set[int]:
         """Every positive whole number under one of `keys`."""
@@ -176,9 +187,9 @@ class Structure:
             shapes.append(family.shape)
             if family.stack is not None:
                 self._stacks[family.stack].append(family)
-        self._children: dict[str, set[str]] = defaultdict(set)
-        for module in self._shapes:
-            self._note_children(module)
+        self._children: dict[str, dict[str, None]] = defaultdict(dict)
+        for family in families:
+            self._note_children(family.template)
         outside = [f for f in families if f.stack is None and len(f.shape) == 2]
         sizes = config.numbers_like(r"(?!type_).*vocab_size.*")
         self.embeddings = _token_embeddings(outside, sizes)
@@ -190,13 +201,14 @@ class Structure:
         self._depths = {stack: self._depth(stack) for stack in self.language}
         self._transposed = {s for s in self._stacks if self._is_transposed(s)}
 
-    def _note_children(self, module: str) -> None:
-        while module:
-            parent, _, leaf = module.rpartition(".")
+    def _note_children(self, name: str) -> None:
+        """Notes what every module above `name` holds."""
+        while name:
+            parent, _, leaf = name.rpartition(".")
             if leaf in self._children[parent]:
                 return
-            self._children[parent].add(leaf)
-            module = parent
+            self._children[parent][leaf] = None
+            name = parent
 
     def _beside(self, anchor: Family) -> set[str]:
         """The stacks nearest to a matrix of the vocabulary: the language model's layers."""
@@ -248,10 +260,9 @@ class Structure:
         """The shapes of the tensors that `module` itself holds, by their names in it."""
         return self._shapes.get(module, {})
 
-    def beside(self, family: Family) -> set[str]:
+    def beside(self, family: Family) -> KeysView[str]:
         """The names of the modules and tensors that stand beside the family's module."""
-        parent = family.module.rpartition(".")[0]
-        return self._children.get(parent, set()) | set(self.neighbours(parent))
+        return self._children[family.module.rpartition(".")[0]].keys()
 
     def is_transposed(self, family: Family) -> bool:
         return family.stack in self._transposed

@@ -17,7 +17,7 @@ def active_parameters(plan: Plan, config: Config) -> int | None:
 
     None for a model that has no experts, or does not say how many there are and are used.
     """
-    used = config.numbers_like(r"(moe_)?(num_)?(experts_per_tok(en)?|topk|top_k(_experts)?)")
+    used = config.numbers_like(r"(num_)?experts_per_tok(en)?|moe_(topk|top_k|k)|top_k_experts")
     if len(used) != 1 or len(config.experts) != 1:
         return None
     (each,), (count,) = used, config.experts

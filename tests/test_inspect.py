@@ -70,7 +70,8 @@ def test_the_model_in_words(run: Runner, moe: Path) -> None:
 
 
 def test_a_dense_model_is_active_whole_and_may_be_tied(run: Runner, tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "m", llama_tensors(tied=True))
+    config = {**LLAMA, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    source = write_checkpoint(tmp_path / "m", llama_tensors(tied=True), config=config)
     found = rows(run("inspect", source).out)
     assert found["parameters"].replace(",", "").isdigit()
     assert found["output head"].startswith("tied")
