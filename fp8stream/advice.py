@@ -25,6 +25,7 @@ def advise(
     if not checkpoint.quantized_as:
         yield from _coverage(kinds)
         yield from _readers(kinds, scheme)
+        yield from _known_trouble(config, scheme)
 
 
 def _ties(kinds: Sequence[Kind], ties_head: bool | None, architecture: str) -> Iterator[str]:
@@ -88,6 +89,24 @@ def _readers(kinds: Sequence[Kind], scheme: Scheme) -> Iterator[str]:
     for caveat, template in caveats.items():
         if caveat:
             yield f"{caveat}: {template}"
+
+
+def _known_trouble(config: Config, scheme: Scheme) -> Iterator[str]:
+    """What engines were seen, or read, to get wrong with some model types."""
+    blocks = scheme.granularity is Granularity.BLOCK
+    if scheme.format is OutputFormat.FP8:
+        if blocks and config.is_one_of(frozenset({"minimax_m3_vl"})):
+            yield (
+                "vLLM drops block scales of this model type under --format fp8 without a word; "
+                "use --format compressed-tensors"
+            )
+        if config.is_one_of(frozenset({"nemotron_h", "lfm2_moe"})):
+            yield "transformers fails on a GPU at fp8 experts of this model type; vLLM does not"
+    elif not blocks and config.is_one_of(frozenset({"llama4", "llama4_text"})):
+        yield (
+            "SGLang permutes the rows of this model type's q and k at load, and may leave their "
+            "channel scales; vLLM permutes both: for SGLang keep q and k with --ignore"
+        )
 
 
 def _caveat(kind: Kind, scheme: Scheme) -> str:

@@ -96,6 +96,9 @@ def _objection(family: Family, known: Classified, scheme: Scheme, config: Config
         return "engines permute its rows at load, which block scales do not follow"
     if family.leaf in _ALTERNATING:
         return "engines part its alternating rows"
+    *parts, _ = stacked_parts(family.leaf, rows, config)
+    if any(part % BLOCK for part in parts):
+        return f"engines part its rows into {' and '.join(map(str, parts))} and the rest"
     if not ragged:
         return ""
     if known.role is Role.EXPERT or scheme.format is OutputFormat.FP8:
@@ -103,6 +106,19 @@ def _objection(family: Family, known: Classified, scheme: Scheme, config: Config
     if columns % BLOCK:
         return f"engines group its {columns} inputs by {BLOCK}"
     return "" if last else f"engines stack its {rows} rows with others, at multiples of {BLOCK}"
+
+
+def stacked_parts(leaf: str, rows: int, config: Config) -> tuple[int, ...]:
+    """The rows of the projections that one matrix holds, as far as config.json tells."""
+    if leaf == "gate_up_proj" and not rows % 2:
+        return rows // 2, rows // 2
+    heads, groups = config.numbers("num_attention_heads"), config.numbers("num_key_value_heads")
+    if leaf in ("qkv_proj", "wqkv", "Wqkv") and len(heads) == 1 and len(groups or heads) == 1:
+        (query,), (group,) = heads, groups or heads
+        size, left = divmod(rows, query + 2 * group)
+        if not left:
+            return query * size, group * size, group * size
+    return (rows,)
 
 
 def _with_their_sets(

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from fp8stream.engines import stacked_parts
 from fp8stream.names import split_numbers
 from fp8stream.plan import Plan
 from fp8stream.scheme import BLOCK, Granularity
@@ -46,8 +47,8 @@ class Edge:
 
 def edges(plan: Plan, config: Config, ranks: int) -> list[Edge]:
     """The layers in block scales that `ranks` ranks would cut inside a block; like ones once."""
-    found = (_edge(weight, config, ranks) for weight in _in_blocks(plan))
-    return list(dict.fromkeys(edge for edge in found if edge))
+    found = (edge for weight in _in_blocks(plan) for edge in _edges(weight, config, ranks))
+    return list(dict.fromkeys(found))
 
 
 def safe_sizes(plan: Plan, config: Config) -> tuple[int, ...]:
@@ -64,19 +65,24 @@ def _in_blocks(plan: Plan) -> Iterator[WeightPlan]:
             yield from kind.treatment.weights(kind.first)[:2]
 
 
-def _edge(weight: WeightPlan, config: Config, ranks: int) -> Edge | None:
+def _edges(weight: WeightPlan, config: Config, ranks: int) -> Iterator[Edge]:
+    """Where `ranks` ranks cut a block of the weight, or of the projections that it holds."""
     template = split_numbers(weight.codes.name)[0].removesuffix(".weight")
     leaf = template.rpartition(".")[2]
     if ranks == 1 or _REPLICATED.search(template.rpartition("layers.")[2]):
-        return None
+        return
     rows, columns = weight.shape
     if _is_row_parallel(leaf, rows, columns, config.widths):
-        side, length = "inputs", columns
+        cuts = [Edge(template, "inputs", columns, ranks)]
     else:
-        side, length = "outputs", rows
-    if _KEY_VALUE.search(leaf):  # a rank has one head at least, be it the same as another's
-        ranks = min([ranks, *config.numbers("num_key_value_heads")])
-    return Edge(template, side, length, ranks) if length % (BLOCK * ranks) else None
+        query, *others = stacked_parts(leaf, rows, config)
+        # A rank has one head of keys at least, be it the same as another's.
+        shared = len(others) == 2 or _KEY_VALUE.search(leaf)
+        fewer = min([ranks, *config.numbers("num_key_value_heads")]) if shared else ranks
+        first = fewer if _KEY_VALUE.search(leaf) else ranks
+        cuts = [Edge(template, "outputs", query, first)]
+        cuts += [Edge(template, "outputs", part, fewer) for part in others]
+    yield from (cut for cut in cuts if cut.length % (BLOCK * cut.ranks))
 
 
 def _is_row_parallel(leaf: str, rows: int, columns: int, widths: Iterable[int]) -> bool:

@@ -177,3 +177,34 @@ def test_a_head_that_is_not_where_the_config_says_is_told(
     told = [line for line in done.err.splitlines() if "config.json" in line]
     assert len(told) == (ties is head)
     assert all(("both are written" if head else "is the checkpoint whole") in t for t in told)
+
+
+def test_what_is_stacked_on_disk_is_judged_by_its_parts(run: Runner, tmp_path: Path) -> None:
+    """Sixteen heads of 64 and four of keys: at four ranks a rank has 64 rows of keys."""
+    tensors = llama_tensors(hidden=1024, inter=1024, kv=256, layers=1)
+    config = {
+        **LLAMA,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 1,
+    }
+    apart = write_checkpoint(tmp_path / "apart", tensors, config=config)
+    at = "model.layers.0.self_attn."
+    parts = [tensors.pop(f"{at}{leaf}_proj.weight") for leaf in "qkv"]
+    tensors[f"{at}qkv_proj.weight"] = torch.cat(parts)
+    stacked = write_checkpoint(tmp_path / "stacked", tensors, config=config)
+    found = [rows(run("inspect", s, "--scheme", "block").out) for s in (apart, stacked)]
+    assert found[0]["tensor parallel"] == found[1]["tensor parallel"] == "up to 2 ranks: 1, 2"
+
+
+def test_parts_on_disk_that_blocks_do_not_fit_fall_back(run: Runner, tmp_path: Path) -> None:
+    tensors = llama_tensors(hidden=192, inter=384, layers=1)
+    tensors = {n: t for n, t in tensors.items() if "self_attn" not in n}
+    tensors["model.layers.0.self_attn.qkv_proj.weight"] = torch.zeros(576, 256).bfloat16()
+    config = {**LLAMA, "hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 1}
+    config["num_key_value_heads"] = 3
+    source = write_checkpoint(tmp_path / "m", tensors, config=config)
+    done = run("inspect", source, "--scheme", "block", "--tensors", "--filter", "qkv")
+    assert done.out.split("\t")[2] == "channel"
+    assert "part its rows" in done.out
