@@ -354,6 +354,8 @@ class _Choice:
             return objection
         if "shared" in self.where:
             return "shared experts in one tensor: engines keep them in 16 bit"
+        if form is ExpertForm.AUTO and self._nameless:
+            return f"{self._nameless} does not tell what it holds"
         if form is ExpertForm.AUTO and self.facts is _UNKNOWN:
             return f"experts of a model type whose layout is not known: {_STATE}"
         if form is ExpertForm.AUTO and self._is_refused:
@@ -364,6 +366,11 @@ class _Choice:
         return self.facts.why if self.form is _KEEP else ""
 
     @property
+    def _nameless(self) -> str:
+        """A tensor whose name is not one of those that tell what lies in it; empty if none is."""
+        return next((f.leaf for f in self.members if f.leaf not in _PROJECTIONS), "")
+
+    @property
     def _is_refused(self) -> bool:
         return (self.scheme.format, self.scheme.granularity) in self.facts.refused
 
@@ -372,9 +379,9 @@ class _Choice:
         where = f"{self.where}: --experts {self.form.value}"
         if biased:
             raise SchemeError(f"{where}: they have biases, and {_NO_ENGINE} then; {_KEEP_THEM}")
-        unknown = [f.template for f in self.members if f.leaf not in _PROJECTIONS]
-        if unknown:
-            raise SchemeError(f"{where}: {unknown[0]} does not tell what it holds; {_KEEP_THEM}")
+        if self._nameless:
+            nameless = f"{self._nameless} does not tell what it holds"
+            raise SchemeError(f"{where}: {nameless}; {_KEEP_THEM}")
         if self.options.layout is None and self.facts is _UNKNOWN:
             raise SchemeError(f"{where}: their layout is not known: {_STATE}")
         tensor = self.scheme.expert_granularity is Granularity.TENSOR

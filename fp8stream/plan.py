@@ -30,7 +30,7 @@ from fp8stream.views import Runs
 from fp8stream.weights import Kept, Kind, LinearLayers, StackedExperts, Treatment, WeightPlan
 
 _METADATA = {"format": "pt", "fp8stream": __version__}
-# What a name grows by, at most: `.123456.gate_proj.weight_scale_inv`.
+# What a name grows by: `.123456.gate_proj.weight_scale_inv`.
 _SUFFIX = 40
 
 
@@ -242,6 +242,8 @@ def plan_quantization(
     tied = is_tied(classified, config)
     kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
     warnings += advise(kinds, scheme, config, checkpoint, resources.max_shard_size)
+    place = {named.tensor.name: at for at, named in enumerate(ordered)}
+    kinds = tuple(sorted(kinds, key=lambda kind: place[kind.first.name]))
     treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
     tensors = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
     return Plan(

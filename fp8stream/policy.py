@@ -154,7 +154,7 @@ def _correct(parts: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _together(
     decided: dict[str, Classified],
-    sets: Iterable[list[str]],
+    mixed: Iterable[list[str]],
     word: str,
     ignored: Mapping[str, str],
     included: Mapping[str, str],
@@ -165,7 +165,7 @@ def _together(
     What was asked for decides; left to itself, one kept member keeps the set.
     """
     followers: list[tuple[str, str]] = []
-    for members in sets:
+    for members in mixed:
         kept = [name for name in members if not decided[name].quantize]
         quantized = [name for name in members if decided[name].quantize]
         asked = [name for name in quantized if name in included]

@@ -283,7 +283,7 @@ def _forecast_rows(checkpoint: Checkpoint, plan: Plan) -> list[tuple[str, str]]:
         ("largest layer", f"{format_size(size)}, {name}"),
         ("peak memory", f"{format_size(plan.workspace.total_bytes)} over the baseline"),
     ]
-    if any(tensor.granularity is Granularity.BLOCK for tensor in plan.tensors):
+    if any(kind.treatment.granularity is Granularity.BLOCK for kind in plan.kinds):
         rows.append(("tensor parallel", _ranks(safe_sizes(plan, Config(checkpoint.config)))))
     return rows
 

@@ -27,7 +27,8 @@ class Runs:
 class View:
     """Element (row, column) is element `first + row * row_step + column * column_step` of a tensor.
 
-    One of the steps is 1 or, where two matrices alternate, 2: rows or columns lie together.
+    Either the columns of a row lie together, or the rows of a column, perhaps with those of another
+    matrix between them.
     """
 
     first: int
