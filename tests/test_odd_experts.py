@@ -77,8 +77,8 @@ def test_experts_of_one_module_that_are_treated_differently_cannot_be_declared()
 
 
 def test_gate_and_up_that_do_not_part_evenly_are_refused() -> None:
+    odd = {f"{AT}gate_up_proj": (2, 129, 256), f"{AT}down_proj": (2, 256, 64)}
     with pytest.raises(CheckpointError, match=r"gate_up_proj.*129.*even"):
-        odd = {f"{AT}gate_up_proj": (2, 129, 256), f"{AT}down_proj": (2, 256, 64)}
         plan({**BASE, **odd}, moe_intermediate_size=64)
 
 
