@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from fp8stream.checkpoint import Checkpoint
+from fp8stream.experts import VLLM_ALONE
 from fp8stream.memory import format_size
 from fp8stream.roles import Role
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
@@ -26,6 +27,15 @@ def advise(
         yield from _coverage(kinds)
         yield from _readers(kinds, scheme)
         yield from _known_trouble(config, scheme)
+
+
+def kept_bytes(kinds: Sequence[Kind]) -> Counter[str]:
+    """The bytes that stay as they are, by reason."""
+    found = Counter[str]()
+    for kind in kinds:
+        if not kind.treatment.count:
+            found[kind.treatment.known.reason] += kind.nbytes
+    return found
 
 
 def _ties(kinds: Sequence[Kind], ties_head: bool | None, architecture: str) -> Iterator[str]:
@@ -57,10 +67,7 @@ def _sizes(kinds: Sequence[Kind], max_shard_size: int) -> Iterator[str]:
 
 def _coverage(kinds: Sequence[Kind]) -> Iterator[str]:
     """Where more is kept than quantized, and where that which is kept elsewhere is quantized."""
-    kept = Counter[str]()
-    for kind in kinds:
-        if not kind.treatment.count:
-            kept[kind.treatment.known.reason] += kind.nbytes
+    kept = kept_bytes(kinds)
     total = sum(kind.nbytes for kind in kinds)
     if not any(kind.treatment.count for kind in kinds):
         yield "nothing is quantized: see the reasons, and --include"
@@ -117,7 +124,7 @@ def _caveat(kind: Kind, scheme: Scheme) -> str:
     expert = treatment.known.role is Role.EXPERT
     blocks = scheme.format is OutputFormat.COMPRESSED_TENSORS
     blocks = blocks and treatment.granularity is Granularity.BLOCK
-    return "transformers does not read such experts, vLLM does" if expert and blocks else ""
+    return VLLM_ALONE if expert and blocks else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 import click
 
 from fp8stream import __version__
+from fp8stream.advice import kept_bytes
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.errors import (
     CheckpointError,
@@ -48,7 +49,6 @@ from fp8stream.report import (
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.structure import Config
-from fp8stream.summary import kept_bytes
 from fp8stream.system import may_have_gpu
 
 if TYPE_CHECKING:
@@ -323,9 +323,12 @@ def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) ->
             "checkpoint in BF16, F16 or F32: give the model that it was made from"
         )
     if not plan.layers_quantized:
-        reasons = [f"{reason} ({format_size(size)})" for reason, size in kept_bytes(plan).items()]
+        reasons = [
+            f"{reason} ({format_size(size)})"
+            for reason, size in kept_bytes(plan.kinds).most_common(4)
+        ]
         raise SchemeError(
-            f"{checkpoint.path}: nothing to quantize: {'; '.join(reasons[:4])}; "
+            f"{checkpoint.path}: nothing to quantize: {'; '.join(reasons)}; "
             "'fp8stream inspect' tells more, --include asks for layers by name"
         )
     return check_output(output, checkpoint, plan.disk_bytes, overwrite)

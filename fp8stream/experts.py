@@ -125,7 +125,7 @@ class Facts:
         if default and self.transformers[_column(scheme)]:
             return ""
         if default or form in self.vllm:
-            return "transformers does not read such experts, vLLM does"
+            return VLLM_ALONE
         return _UNREAD
 
 
@@ -140,6 +140,7 @@ _OUT_IN, _IN_OUT = ExpertLayout.OUT_IN, ExpertLayout.IN_OUT
 _SPLIT, _FUSED, _KEEP = ExpertForm.PER_EXPERT, ExpertForm.FUSED, ExpertForm.KEEP
 _NO_ENGINE = "no engine loads these experts in FP8"
 _STATE = "state it with --expert-layout"
+VLLM_ALONE = "transformers does not read such experts, vLLM does"
 _UNREAD = "no engine is known to load such experts in this form"
 _SPLIT_THEM = "use --experts per-expert"
 _KEEP_THEM = "keep them in 16 bit with --experts keep"

@@ -3,9 +3,6 @@
 Pure: everything is read off the plan.
 """
 
-from collections import Counter
-from collections.abc import Mapping
-
 from fp8stream.plan import Plan
 from fp8stream.roles import Role
 from fp8stream.structure import Config
@@ -53,12 +50,3 @@ def spread_modules(plan: Plan) -> int:
         if files.setdefault(module, tensor.spec.file) != tensor.spec.file:
             spread.add(module)
     return len(spread)
-
-
-def kept_bytes(plan: Plan) -> Mapping[str, int]:
-    """The bytes that stay as they are, by reason, the largest first."""
-    found = Counter[str]()
-    for kind in plan.kinds:
-        if not kind.treatment.count:
-            found[kind.treatment.known.reason] += kind.nbytes
-    return dict(found.most_common())
