@@ -15,7 +15,7 @@ from itertools import accumulate
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Protocol
 
-from fp8stream.header import DTYPE_BITS
+from fp8stream.header import DTYPE_BITS, MAX_HEADER_BYTES
 
 PAGE = 4096
 # Kept free in a file for what grows with no tensor: length, metadata, padding up to a page.
@@ -100,7 +100,10 @@ def pack(
     limit = max_file_bytes - HEADER_ROOM
     for layer in layers:
         for run in _fitting(layer, limit):
-            if groups[-1].parts and groups[-1].cost + run.cost > limit:
+            full = groups[-1].cost + run.cost > limit
+            # No reader takes a longer header than this.
+            full = full or groups[-1].room + run.room > MAX_HEADER_BYTES - HEADER_ROOM
+            if groups[-1].parts and full:
                 groups.append(_Group())
             groups[-1].take(run)
     return tuple(

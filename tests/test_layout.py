@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from fp8stream.header import MAX_HEADER_BYTES
 from fp8stream.layout import (
     PAGE,
     OutputFile,
@@ -221,3 +222,20 @@ def test_the_index_counts_tensor_bytes() -> None:
     assert index["metadata"] == {"total_size": 5 * 10_004}
     assert index["weight_map"]["4.weight"] == "model-00002-of-00002.safetensors"
     assert list(index["weight_map"]) == sorted(index["weight_map"])
+
+
+@dataclass(frozen=True)
+class _Wordy:
+    """A part with little data and a very long entry."""
+
+    room: int = 40_000_000
+    output_bytes: int = 1
+
+    def outputs(self) -> list[OutputTensor]:
+        return []
+
+
+def test_no_header_grows_longer_than_readers_take() -> None:
+    files = pack([[_Wordy()] for _ in range(5)], 10**12, {})
+    assert [len(file.parts) for file in files] == [2, 2, 1]
+    assert all(file.data_begin <= MAX_HEADER_BYTES for file in files)
