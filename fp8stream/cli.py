@@ -349,14 +349,15 @@ def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
         _warn(plan.warnings)
 
 
-def _for_device(plan: Plan, resources: Resources, name: str) -> "tuple[Plan, torch.device]":
-    """The device called `name`, and the plan with the buffers that it needs."""
-    from fp8stream.stream import find_device
+def _for_device(
+    plan: Plan, resources: Resources, name: str
+) -> "tuple[Plan, tuple[torch.device, ...]]":
+    """The devices called `name`, and the plan with the buffers that they need."""
+    from fp8stream.device import find_devices
 
-    device = find_device(name)
-    if device.type == "cuda":
-        plan = plan.with_resources(replace(resources, on_gpu=True))
-    return plan, device
+    devices = find_devices(name)
+    gpus = sum(device.type == "cuda" for device in devices)
+    return (plan.with_resources(replace(resources, gpus=gpus)) if gpus else plan), devices
 
 
 @dataclass(frozen=True)
@@ -365,27 +366,29 @@ class _Job:
 
     checkpoint: Checkpoint
     plan: Plan
-    device: "torch.device"
+    devices: "tuple[torch.device, ...]"
     target: Path
     overwrite: bool
 
     def run(self, output: str, progress: "Progress") -> Result:
         import torch
 
-        from fp8stream.stream import device_peak, stream_layers, warm_up
+        from fp8stream.clock import Clock
+        from fp8stream.device import device_peak, warm_up
+        from fp8stream.stream import stream_layers
         from fp8stream.writer import CheckpointWriter
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), Clock()
         try:
-            warm_up(self.device)
+            warm_up(self.devices)
             with (
                 CheckpointWriter(self.target, self.plan.files, self.overwrite) as writer,
                 PeakMeter() as meter,
             ):
                 writer.copy_side_files(self.checkpoint)
-                layers = stream_layers(self.checkpoint, self.plan, writer, self.device)
+                layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock)
                 with closing(layers):
                     read = 0
                     for done in layers:
@@ -396,8 +399,8 @@ class _Job:
                 writer.commit(self.plan.config)
         except torch.cuda.OutOfMemoryError as error:
             raise DeviceError(
-                f"--device {self.device}: out of memory; give a smaller --memory-budget, or free "
-                "the device"
+                f"--device {self.devices[0]}: out of memory; give a smaller --memory-budget, or "
+                "free the device"
             ) from error
         return Result(
             output,
@@ -406,7 +409,8 @@ class _Job:
             self.plan.bytes_written,
             meter.peak,
             meter.baseline,
-            device_peak(self.device),
+            device_peak(self.devices),
+            clock,
         )
 
 

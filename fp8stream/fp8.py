@@ -1,9 +1,9 @@
 """All the numerics: amax -> weight_scale -> float8_e4m3fn codes, and back.
 
-A weight is widened to float32 one tile at a time, into a scratch small enough to stay in cache, and
-everything happens there: amax, one true division, one cast. A tile never changes a result, since a
-scale group always lies within one (or, for tensor scales, amax is taken first and max is exact), so
-every device, thread count and slab size gives the same bytes.
+A weight goes through tile by tile, in a scratch small enough to stay in cache: first amax, on the
+bits of |weight|, whose order as integers is that of the numbers; then one widening to float32, one
+true division, one cast. A tile never changes a result, since max is exact and everything else works
+on one element, so every device, thread count and slab size gives the same bytes.
 
     weight_scale = max(amax / 448, smallest normal float32), and 1 where amax is 0
     code         = round to nearest even, float8_e4m3fn, of weight / weight_scale
@@ -19,6 +19,8 @@ from fp8stream.scheme import BLOCK, Granularity
 
 FP8_MAX = 448.0
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+# As integers magnitudes are ordered as the numbers are, infinity and then NaN above all.
+_BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 def weight_scale(amax: Tensor) -> Tensor:
@@ -44,17 +46,30 @@ def is_finite(scale: Tensor) -> bool:
 class Quantizer:
     """Quantizes slabs of rows through one reused float32 scratch.
 
-    `scratch_elements` must hold one row at least. Weights are [rows, columns] in bfloat16, float16
-    or float32; codes are [rows, columns] float8_e4m3fn on the same device.
+    `scratch_elements` must hold one row at least, and 128x128 elements. Weights are [rows, columns]
+    in bfloat16, float16 or float32; codes are [rows, columns] float8_e4m3fn on the same device.
     """
 
     def __init__(self, device: torch.device, scratch_elements: int) -> None:
         self._scratch = torch.empty(scratch_elements, dtype=torch.float32, device=device)
 
-    def amax(self, weight: Tensor) -> Tensor:
-        """The largest magnitude in `weight`: a float32 scalar on its device, NaN if it has one."""
-        tiles = [_amax(self._widen(weight[rows])) for rows in self._row_tiles(weight.shape)]
-        return torch.stack(tiles).amax()
+    def amax(self, weight: Tensor, granularity: Granularity) -> Tensor:
+        """The largest magnitude of each scale group, float32, shaped as the granularity says.
+
+        NaN where a group has one. Under tensor granularity [1], whatever part `weight` is.
+        """
+        bits = _BITS[weight.dtype]
+        shape = granularity.scale_shape(weight.shape)
+        largest = torch.zeros(shape, dtype=bits, device=weight.device)
+        for rows, columns in self._tiles(weight.shape, granularity):
+            magnitudes = self._magnitudes(weight[rows, columns]).view(bits)
+            if granularity is Granularity.BLOCK:
+                largest[_blocks(rows), _blocks(columns)] = _amax_of_blocks(magnitudes)
+            elif granularity is Granularity.CHANNEL:
+                torch.amax(magnitudes, 1, keepdim=True, out=largest[rows])
+            else:
+                torch.maximum(largest, magnitudes.amax(), out=largest)
+        return largest.view(weight.dtype).float()
 
     def quantize(
         self, weight: Tensor, granularity: Granularity, codes: Tensor, scale: Tensor | None = None
@@ -64,42 +79,33 @@ class Quantizer:
         Under tensor granularity `scale` [1] may be given, when the group is larger than `weight`.
         Under block granularity a slab that is not the weight's last has a multiple of 128 rows.
         """
-        if granularity is Granularity.BLOCK:
-            return self._quantize_blocks(weight, codes)
-        if granularity is Granularity.CHANNEL:
-            return self._quantize_rows(weight, codes)
-        scale = weight_scale(self.amax(weight)).reshape(1) if scale is None else scale
-        for rows in self._row_tiles(weight.shape):
-            _encode(self._widen(weight[rows]), scale, codes[rows])
+        scale = weight_scale(self.amax(weight, granularity)) if scale is None else scale
+        for rows, columns in self._tiles(weight.shape, granularity):
+            tile, tile_codes = weight[rows, columns], codes[rows, columns]
+            wide = self._scratch[: tile.numel()].view(tile.shape).copy_(tile)
+            if granularity is Granularity.BLOCK:
+                part = _widen_blocks(scale[_blocks(rows), _blocks(columns)], tile.shape[1])
+                _encode(_bands(wide), part, _bands(tile_codes))
+            else:
+                part = scale[rows] if granularity is Granularity.CHANNEL else scale
+                _encode(wide, part, tile_codes)
         return scale
 
-    def _quantize_rows(self, weight: Tensor, codes: Tensor) -> Tensor:
-        scales = torch.empty((weight.shape[0], 1), device=weight.device)
-        for rows in self._row_tiles(weight.shape):
-            tile = self._widen(weight[rows])
-            scales[rows] = weight_scale(_amax(tile, 1))[:, None]
-            _encode(tile, scales[rows], codes[rows])
-        return scales
+    def _magnitudes(self, tile: Tensor) -> Tensor:
+        """|tile| in its own dtype, in the scratch; laid out as `tile` is, so that it streams."""
+        flat = self._scratch.view(tile.dtype)[: tile.numel()]
+        if tile.stride(0) < tile.stride(1):
+            return torch.abs(tile, out=flat.view(tile.shape[1], tile.shape[0]).T)
+        return torch.abs(tile, out=flat.view(tile.shape))
 
-    def _quantize_blocks(self, weight: Tensor, codes: Tensor) -> Tensor:
-        shape = Granularity.BLOCK.scale_shape(weight.shape)
-        scales = torch.empty(shape, device=weight.device)
-        for rows, columns in self._block_tiles(weight.shape):
-            tile = self._widen(weight[rows, columns])
-            scale = weight_scale(_amax_of_blocks(tile))
-            scales[_blocks(rows), _blocks(columns)] = scale
-            wide = scale.repeat_interleave(BLOCK, dim=1)[:, None, : tile.shape[1]]
-            _encode(_bands(tile), wide, _bands(codes[rows, columns]))
-        return scales
-
-    def _widen(self, tile: Tensor) -> Tensor:
-        """`tile` in float32, in the scratch."""
-        return self._scratch[: tile.numel()].view(tile.shape).copy_(tile)
-
-    def _row_tiles(self, shape: torch.Size) -> Iterator[slice]:
+    def _tiles(self, shape: torch.Size, granularity: Granularity) -> Iterator[tuple[slice, slice]]:
+        """The parts of a slab that fit the scratch, of whole scale groups or of one tensor's."""
+        if granularity is Granularity.BLOCK:
+            return self._block_tiles(shape)
         rows, columns = shape
         step = max(1, self._scratch.numel() // max(1, columns))
-        return (slice(row, min(row + step, rows)) for row in range(0, rows, step))
+        every = slice(0, columns)
+        return ((slice(row, min(row + step, rows)), every) for row in range(0, rows, step))
 
     def _block_tiles(self, shape: torch.Size) -> Iterator[tuple[slice, slice]]:
         """Whole blocks that fit the scratch; a ragged last band of rows is a tile of its own."""
@@ -116,17 +122,19 @@ class Quantizer:
                 yield band, slice(column, min(column + width, columns))
 
 
-def _amax(tile: Tensor, *dims: int) -> Tensor:
-    """The largest magnitude along `dims`; two reductions beat one pass over a copy of |tile|."""
-    return torch.maximum(torch.amax(tile, dims), -torch.amin(tile, dims))
-
-
 def _amax_of_blocks(tile: Tensor) -> Tensor:
     """[bands, blocks] of a tile [bands * 128 or a ragged last band, columns]."""
-    columns = _amax(_bands(tile), 1)
-    # Padding in the mathematics only: the ragged last block is filled up with zeros.
-    padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % BLOCK))
-    return padded.view(len(columns), -1, BLOCK).amax(2)
+    columns = _bands(tile).amax(1)
+    even = columns.shape[1] // BLOCK * BLOCK
+    whole = columns[:, :even].view(len(columns), -1, BLOCK).amax(2)
+    if even == columns.shape[1]:
+        return whole
+    return torch.cat((whole, columns[:, even:].amax(1, keepdim=True)), 1)
+
+
+def _widen_blocks(scale: Tensor, columns: int) -> Tensor:
+    """Block scales [bands, blocks] as [bands, 1, columns]: one for each column of a band."""
+    return scale.repeat_interleave(BLOCK, dim=1)[:, None, :columns]
 
 
 def _bands(tile: Tensor) -> Tensor:

@@ -14,14 +14,25 @@ from pathlib import Path
 from fp8stream.errors import BudgetError
 
 MIB = 1 << 20
-# Larger reads gained nothing on any disk or RAM disk tried, and a smaller ring leaves memory free.
-LARGEST_SLAB = 16 * MIB
-# Below this a worker's reads get so small that a further worker gains nothing.
-SMALLEST_SHARE = 4 * MIB
-# A float32 scratch of this many elements stays in a core's cache; on a GPU it amortizes launches.
-CPU_SCRATCH_ELEMENTS = 256 * 1024
-CUDA_SCRATCH_ELEMENTS = 4 * MIB
 SMALLEST_SCRATCH = 128 * 128
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker's buffers are at best: bytes of a slab, elements of the float32 scratch, slots
+    that take turns; and the bytes below which another worker gains nothing."""
+
+    slab_bytes: int
+    scratch_elements: int
+    slots: int
+    share: int
+
+
+# A slab and its scratch stay in the caches, and are large enough that Python's share of the time is
+# small; docs/performance.md has what else was tried.
+ON_CPU = Place(4 * MIB, MIB // 2, 1, 4 * MIB)
+# Large copies, and few launches; while one slot is on the device, the other is read into.
+ON_GPU = Place(16 * MIB, 4 * MIB, 2, 32 * MIB)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1 << 10 * power for power, unit in enumerate("KMGT", start=1)}
@@ -52,13 +63,12 @@ class SlabDemand:
     """What the layers of a plan ask of a worker's buffers, in bytes and elements.
 
     `row_bytes` is the smallest run of rows that can go through alone (one row, or 128 of them under
-    block scales), `tensor_bytes` the largest tensor, `row_elements` the widest row, and `itemsize`
-    the smallest source element, since a slab of n bytes holds n / itemsize codes. `layers` is how
-    many there are to share among workers.
+    block scales), `row_elements` the widest row, and `itemsize` the smallest source element, since
+    a slab of n bytes holds n / itemsize codes. `layers` is how many there are to share among
+    workers.
     """
 
     row_bytes: int = 64 * 1024
-    tensor_bytes: int = 64 * 1024
     row_elements: int = 1
     itemsize: int = 2
     layers: int = 1
@@ -68,26 +78,32 @@ class SlabDemand:
 class Workspace:
     """The buffers of a run: every byte that `--memory-budget` pays for.
 
-    Each worker owns a slab of source bytes, a slab of codes and a float32 scratch; on a GPU the two
-    slabs stand twice, in pinned host memory and on the device.
+    Each worker owns a float32 scratch and `slots` times a slab of source bytes and one of codes; on
+    a GPU the slots stand twice, in pinned host memory and on the device. `gpus` is how many the
+    workers are dealt to.
     """
 
     workers: int
     slab_bytes: int
     codes_bytes: int
     scratch_elements: int
-    on_gpu: bool = False
+    slots: int = 1
+    gpus: int = 0
 
     @property
     def host_bytes(self) -> int:
-        if self.on_gpu:
-            return self.workers * (_pinned(self.slab_bytes) + _pinned(self.codes_bytes))
-        return self.workers * (self.slab_bytes + self.codes_bytes + 4 * self.scratch_elements)
+        source, codes = self.slots * self.slab_bytes, self.slots * self.codes_bytes
+        if self.gpus:
+            return self.workers * (_pinned(source) + _pinned(codes))
+        return self.workers * (source + codes + 4 * self.scratch_elements)
 
     @property
     def device_bytes(self) -> int:
-        per_worker = self.slab_bytes + self.codes_bytes + 4 * self.scratch_elements
-        return self.workers * per_worker if self.on_gpu else 0
+        if not self.gpus:
+            return 0
+        source, codes = self.slots * self.slab_bytes, self.slots * self.codes_bytes
+        pools = _segment(source) + _segment(codes) + _segment(4 * self.scratch_elements)
+        return self.workers * (pools + _SMALL_SEGMENTS)
 
     @property
     def total_bytes(self) -> int:
@@ -99,39 +115,48 @@ def _pinned(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def plan_workspace(demand: SlabDemand, budget: int, threads: int, on_gpu: bool) -> Workspace:
+def _segment(size: int) -> int:
+    """What torch's caching allocator takes from a device for `size` bytes (c10's
+    `get_allocation_size`): segments of 2 MiB for up to 1 MiB, of 20 MiB for up to 10."""
+    if size <= MIB:
+        return 2 * MIB
+    return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+
+# Scales and the like of one stream: a segment for small allocations, and one for those above 1 MiB.
+_SMALL_SEGMENTS = 2 * MIB
+
+
+def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0) -> Workspace:
     """Buffers for as many of `threads` workers as `budget` bytes can feed.
 
     Raises BudgetError, naming the least that works, when not even one worker fits.
     """
-    scratch = max(demand.row_elements, SMALLEST_SCRATCH)
-    least = _workspace(demand, demand.row_bytes, scratch, 1, on_gpu).total_bytes
-    if least > budget:
+    place = ON_GPU if gpus else ON_CPU
+    least = _smallest(demand, place, gpus)
+    if least.total_bytes > budget:
         raise BudgetError(
             f"--memory-budget {format_size(budget)} is too small for this checkpoint: its widest "
-            f"rows need {format_size(least)}; give at least {-(-least // MIB)}MiB"
+            f"rows need {format_size(least.total_bytes)}; give at least "
+            f"{-(-least.total_bytes // MIB)}MiB"
         )
-    if on_gpu:
-        threads = max(threads, 2)  # so that one's copies overlap the other's arithmetic
-    workers = max(1, min(threads, demand.layers, budget // max(least, SMALLEST_SHARE)))
-    limit = CUDA_SCRATCH_ELEMENTS if on_gpu else CPU_SCRATCH_ELEMENTS
-    share = budget // workers
-    room = share - _workspace(demand, demand.row_bytes, 0, 1, on_gpu).total_bytes
-    # Four bytes an element: no more than the smallest slab leaves, or a quarter of the share.
-    affordable = min(room // 4, share // 16, demand.tensor_bytes // demand.itemsize)
-    scratch = max(scratch, min(limit, affordable))
-    fixed = _workspace(demand, 0, scratch, workers, on_gpu).total_bytes
-    slab_byte = workers * (1 + 1 / demand.itemsize) * (2 if on_gpu else 1)
-    slab = min(LARGEST_SLAB, demand.tensor_bytes, int((budget - fixed) / slab_byte))
-    if on_gpu and slab:
-        slab = 1 << slab.bit_length() - 1
-    return _workspace(demand, max(slab, demand.row_bytes), scratch, workers, on_gpu)
+    # Two for each GPU, so that one's reading overlaps the other's writing.
+    wanted = min(max(threads, 2 * gpus), demand.layers)
+    workers = max(1, min(wanted, budget // max(least.total_bytes, place.share)))
+    sizes = (_workspace(demand, place, workers, gpus, halvings) for halvings in range(64))
+    return next(size for size in sizes if size.total_bytes <= budget)
 
 
 def _workspace(
-    demand: SlabDemand, slab: int, scratch: int, workers: int, on_gpu: bool
+    demand: SlabDemand, place: Place, workers: int, gpus: int, halvings: int
 ) -> Workspace:
-    return Workspace(workers, slab, slab // demand.itemsize, scratch, on_gpu)
+    slab = max(demand.row_bytes, place.slab_bytes >> halvings)
+    scratch = max(demand.row_elements, SMALLEST_SCRATCH, place.scratch_elements >> halvings)
+    return Workspace(workers, slab, slab // demand.itemsize, scratch, place.slots, gpus)
+
+
+def _smallest(demand: SlabDemand, place: Place, gpus: int) -> Workspace:
+    return _workspace(demand, place, 1, gpus, 63)
 
 
 @dataclass(frozen=True)

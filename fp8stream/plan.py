@@ -6,10 +6,12 @@ follows.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from fp8stream import __version__
@@ -32,16 +34,20 @@ from fp8stream.weights import Kept, Kind, LinearLayers, StackedExperts, Treatmen
 _METADATA = {"format": "pt", "fp8stream": __version__}
 # What a name grows by: `.123456.gate_proj.weight_scale_inv`.
 _SUFFIX = 40
+# Bytes that make a layer a large one.
+_LARGE = 64 << 20
+_SLABS_A_TASK = 4
+_FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use: bytes of memory, worker threads, bytes a file, and where it computes."""
+    """What a run may use: bytes of memory, worker threads, bytes a file, and GPUs."""
 
     memory_budget: int
     threads: int
     max_shard_size: int
-    on_gpu: bool = False
+    gpus: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,44 @@ class Slab:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Slabs that go through a worker's buffers as one: rows below rows, all equally long.
+
+    Small layers would otherwise cost more in launches than in arithmetic.
+    """
+
+    slabs: tuple[Slab, ...]
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(slab.rows for slab in self.slabs)
+
+    @property
+    def columns(self) -> int:
+        return self.slabs[0].weight.shape[1]
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.slabs[0].weight.granularity
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes that are read."""
+        return sum(slab.nbytes for slab in self.slabs)
+
+    def takes(self, slab: Slab, slab_bytes: int) -> bool:
+        """Whether `slab` can lie below these: its rows like theirs, its scale groups its own."""
+        last, weight = self.slabs[-1], slab.weight
+        return (
+            weight.granularity is self.granularity is not Granularity.TENSOR
+            and (weight.shape[1], weight.spec.dtype) == (self.columns, last.weight.spec.dtype)
+            and not (weight.source.transposed or last.weight.source.transposed)
+            and last.rows % self.granularity.row_multiple == 0
+            and self.nbytes + slab.nbytes <= slab_bytes
+        )
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """The smallest closure that is worked on alone: a module's tensors, or those of the modules of
     a fused set where one scale serves them all."""
@@ -143,11 +187,48 @@ class LayerPlan:
         return once * (2 if again else 1) + sum(tensor.spec.nbytes for tensor in self.kept)
 
     @property
+    def first_output(self) -> str:
+        """The name of the first tensor that is written for the layer."""
+        return self.weights[0].codes.name if self.weights else self.kept[0].spec.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the layer's tensors."""
+        kept = sum(tensor.spec.nbytes for tensor in self.kept)
+        return kept + sum(weight.nbytes for weight in self.weights)
+
+    @property
     def bytes_written(self) -> int:
         kept = sum(tensor.spec.nbytes for tensor in self.kept)
         grids = (math.prod(w.granularity.scale_shape(w.shape)) for w in self.weights)
         codes = sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
         return kept + codes + 4 * sum(grids)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Layers that a worker takes at once: one, or several small ones."""
+
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def shares_scale(self) -> bool:
+        """Of the one layer that it then is."""
+        return any(layer.shares_scale for layer in self.layers)
+
+    def batches(self, slab_bytes: int) -> Iterator[Batch]:
+        """The rows of all its weights, at most `slab_bytes` of source at a time."""
+        batch: Batch | None = None
+        for layer in self.layers:
+            for slab in layer.slabs(slab_bytes):
+                if batch and batch.takes(slab, slab_bytes):
+                    batch = Batch((*batch.slabs, slab))
+                    continue
+                if batch:
+                    yield batch
+                batch = Batch((slab,))
+        if batch:
+            yield batch
 
 
 @dataclass(frozen=True)
@@ -168,6 +249,22 @@ class Plan:
     def layers(self) -> tuple[LayerPlan, ...]:
         """The units of work, in the order of their first tensor."""
         return _layers(self.tensors)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The layers as workers take them, in the order of their first tensor but for large ones.
+
+        Those come first, the larger the earlier, or the one that ends last would keep every other
+        worker waiting. Layers of a few files take turns, since a system writes to one file for one
+        thread at a time.
+        """
+        files = {tensor.name: file.name for file in self.files for tensor in file.tensors}
+        groups: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
+        for layer in self.layers:
+            groups[-(layer.nbytes // _LARGE), files[layer.first_output]].append(layer)
+        slab_bytes = self.workspace.slab_bytes
+        tasks = (list(_tasks(groups[key], slab_bytes)) for key in sorted(groups, key=itemgetter(0)))
+        return tuple(take_turns(tasks, _FILES_AT_ONCE))
 
     def with_resources(self, resources: Resources) -> "Plan":
         """The same plan with other buffers. Raises BudgetError."""
@@ -338,6 +435,38 @@ def _layers(planned: Sequence[TensorPlan]) -> tuple[LayerPlan, ...]:
     return tuple(layers.values())
 
 
+def take_turns(groups: Iterable[Sequence[Task]], at_once: int) -> Iterator[Task]:
+    """One of each of `at_once` groups in turn; where a group ends, the next one takes its place."""
+    waiting = iter(groups)
+    active = deque(map(iter, islice(waiting, at_once)))
+    while active:
+        tasks = active.popleft()
+        task = next(tasks, None)
+        if task is not None:
+            active.append(tasks)
+            yield task
+        else:
+            active.extend(map(iter, islice(waiting, 1)))
+
+
+def _tasks(layers: Iterable[LayerPlan], slab_bytes: int) -> Iterator[Task]:
+    """One layer each; small ones that follow each other together, up to a few slabs."""
+    together: list[LayerPlan] = []
+    size = 0
+    for layer in layers:
+        alone = layer.shares_scale
+        if together and (alone or size + layer.nbytes > _SLABS_A_TASK * slab_bytes):
+            yield Task(tuple(together))
+            together, size = [], 0
+        together.append(layer)
+        size += layer.nbytes
+        if alone:
+            yield Task(tuple(together))
+            together, size = [], 0
+    if together:
+        yield Task(tuple(together))
+
+
 def _layer(layers: dict[str, LayerPlan], name: str) -> LayerPlan:
     layer = layers.get(name)
     if layer is None:
@@ -386,7 +515,7 @@ def _check_unique(kinds: Sequence[Kind], scheme: Scheme) -> None:
 
 def _plan_workspace(kinds: Sequence[Kind], resources: Resources) -> Workspace:
     demand = _demand(kinds)
-    return plan_workspace(demand, resources.memory_budget, resources.threads, resources.on_gpu)
+    return plan_workspace(demand, resources.memory_budget, resources.threads, resources.gpus)
 
 
 def _demand(kinds: Sequence[Kind]) -> SlabDemand:
@@ -395,7 +524,6 @@ def _demand(kinds: Sequence[Kind]) -> SlabDemand:
         return SlabDemand()
     return SlabDemand(
         row_bytes=max(weight.row_bytes * weight.row_multiple for weight in weights),
-        tensor_bytes=max(weight.row_bytes * weight.shape[0] for weight in weights),
         row_elements=max(weight.shape[1] for weight in weights),
         itemsize=min(weight.spec.itemsize for weight in weights),
         layers=sum(kind.treatment.count * len(kind.members) for kind in kinds),

@@ -1,17 +1,23 @@
 """Bytes of planned tensors into buffers that are used again and again.
 
-Positioned reads, never maps: what is read is in memory that was counted, and nothing else is. A
+Positioned reads, never maps: what is read is in memory that was counted, and nothing else is. Pages
+that reading brought into memory are given back behind us, and those that were there before stay. A
 file that is not the one whose header was read is refused when it is opened.
 """
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fp8stream.errors import CheckpointError
 from fp8stream.header import Shard, TensorSpec
+from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.views import Runs
+
+# Whether pages were in memory before is asked and kept for so many bytes of a file together.
+_WINDOW = 8 << 20
 
 
 class Reader:
@@ -20,6 +26,9 @@ class Reader:
     def __init__(self, directory: Path, shards: tuple[Shard, ...]) -> None:
         self._directory = directory
         self._shards: Mapping[str, Shard] = {shard.name: shard for shard in shards}
+        self._in_memory = is_memory_backed(directory)
+        self._warm: dict[str, tuple[bool, ...]] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def open(self, file: str) -> Iterator["ShardReader"]:
@@ -33,11 +42,35 @@ class Reader:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         try:
             _check_unchanged(descriptor, path, shard)
-            yield ShardReader(descriptor, path)
+            warm = self._warm_windows(descriptor, shard)
+            yield ShardReader(descriptor, path, file, warm)
             # Once more, for what was written while we read.
             _check_unchanged(descriptor, path, shard)
         finally:
             os.close(descriptor)
+
+    def _warm_windows(self, descriptor: int, shard: Shard) -> tuple[bool, ...]:
+        """Which windows of the file were in memory before anything of it was read here."""
+        with self._lock:
+            if shard.name not in self._warm:
+                begins = () if self._in_memory else range(0, shard.size, _WINDOW)
+                lengths = (min(_WINDOW, shard.size - begin) for begin in begins)
+                windows = zip(begins, lengths, strict=True)
+                self._warm[shard.name] = tuple(_is_warm(descriptor, *window) for window in windows)
+            return self._warm[shard.name]
+
+    def give_back(self) -> None:
+        """Frees what is left of the pages that reading brought in: read ahead, or where two reads
+        met. Called when all is read."""
+        for name, warm in self._warm.items():
+            if not all(warm):
+                with suppress(CheckpointError), self.open(name) as shard:
+                    shard.give_back(0, self._shards[name].size)
+
+
+def _is_warm(descriptor: int, begin: int, length: int) -> bool:
+    pages = cached_pages(descriptor, begin, length)
+    return 2 * sum(page & 1 for page in pages) > len(pages)
 
 
 def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
@@ -50,11 +83,13 @@ def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
 
 
 class ShardReader:
-    """One open shard."""
+    """One open shard. `warm` says which windows of it are in memory on behalf of others."""
 
-    def __init__(self, descriptor: int, path: Path) -> None:
+    def __init__(self, descriptor: int, path: Path, file: str, warm: tuple[bool, ...]) -> None:
         self.descriptor = descriptor
         self.path = path
+        self.file = file
+        self._warm = warm
 
     def read_runs(self, buffer: memoryview, runs: Runs, spec: TensorSpec) -> None:
         """Fills `buffer` with the runs of elements of `spec`, one after another.
@@ -65,6 +100,22 @@ class ShardReader:
         for run in range(runs.count):
             offset = spec.offset + (runs.first + run * runs.step) * spec.itemsize
             self.read_into(buffer[run * size : (run + 1) * size], offset, spec.name)
+        if runs.count == 1:
+            # Of several the pages hold other matrices' parts too, which are soon asked for.
+            self.give_back(spec.offset + runs.first * spec.itemsize, size)
+
+    def give_back(self, offset: int, length: int) -> None:
+        """Frees the pages of a range, but for those that were in memory before we came."""
+        first, last = offset // _WINDOW, -(-(offset + length) // _WINDOW)
+        cold = [not warm for warm in self._warm[first:last]]
+        if cold and all(cold):
+            drop_cached(self.descriptor, offset, length)
+            return
+        for window, is_cold in enumerate(cold, start=first):
+            if is_cold:
+                begin, end = window * _WINDOW, (window + 1) * _WINDOW
+                begin, end = max(begin, offset), min(end, offset + length)
+                drop_cached(self.descriptor, begin, end - begin)
 
     def read_into(self, buffer: memoryview, offset: int, name: str) -> None:
         """Fills `buffer` from byte `offset` of the file, where tensor `name` lies.

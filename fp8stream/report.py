@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fp8stream.checkpoint import Checkpoint
+from fp8stream.clock import Clock
 from fp8stream.memory import MemoryUsage, format_size
 from fp8stream.names import numbers_in, spans
 from fp8stream.parallel import safe_sizes
@@ -45,6 +46,7 @@ class Result:
     peak: MemoryUsage
     baseline: MemoryUsage
     device_peak: tuple[int, int]
+    clock: Clock
 
     @property
     def host_bytes(self) -> int:
@@ -114,6 +116,11 @@ def result_json(plan: Plan, result: Result) -> dict[str, Any]:
             "baseline_anonymous_bytes": result.baseline.anonymous,
             "device_allocated_bytes": result.device_peak[0],
             "device_reserved_bytes": result.device_peak[1],
+        },
+        "workers": plan.workspace.workers,
+        "stages": {
+            stage.value: {"busy": round(spent.busy, 3), "blocked": round(spent.blocked, 3)}
+            for stage, spent in result.clock.stages.items()
         },
     }
 
@@ -309,7 +316,7 @@ def print_result(plan: Plan, result: Result, stream: TextIO) -> None:
         ("  baseline", f"{format_size(result.baseline.anonymous)} after start-up"),
         ("  resident", f"{format_size(result.peak.resident)} with mapped files"),
     ]
-    if plan.workspace.on_gpu:
+    if plan.workspace.gpus:
         allocated, reserved = map(format_size, result.device_peak)
         planned = format_size(plan.workspace.device_bytes)
         rows.append(("  device", f"{allocated} allocated, {reserved} reserved, planned {planned}"))

@@ -2,11 +2,16 @@
 
 import ctypes
 import errno
+import mmap
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def may_have_gpu() -> bool:
@@ -54,7 +59,7 @@ def reserve(descriptor: int, path: Path, size: int) -> None:
     call would have glibc write to every page. Raises OSError.
     """
     fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
-    if fallocate is not None and size and not _is_memory_backed(path):
+    if fallocate is not None and size and not is_memory_backed(path):
         length = ctypes.c_int64(size)
         if fallocate(descriptor, 0, ctypes.c_int64(0), length) == 0:
             return
@@ -63,7 +68,8 @@ def reserve(descriptor: int, path: Path, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def _is_memory_backed(path: Path) -> bool:
+def is_memory_backed(path: Path) -> bool:
+    """Whether `path` lies in a RAM disk, where the page cache is the file itself."""
     device = os.stat(path).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
@@ -71,3 +77,69 @@ def _is_memory_backed(path: Path) -> bool:
         if fields[2] == wanted:
             return fields[fields.index("-") + 1] in ("tmpfs", "ramfs")
     return False
+
+
+def start_writing(descriptor: int, offset: int, length: int) -> None:
+    """Has the disk begin with what was written there, without waiting for it.
+
+    Where the file system has no such call nothing begins, and `finish_writing` does all the work.
+    Raises OSError.
+    """
+    _sync_file_range(descriptor, offset, length, _SYNC_WRITE)
+
+
+def finish_writing(descriptor: int, offset: int, length: int) -> None:
+    """Waits until the disk has what was written there, and gives the pages back.
+
+    It bounds what waits to be written, and is no fsync: the disk may have it in a cache of its own.
+    Raises OSError.
+    """
+    flags = _SYNC_WAIT_BEFORE | _SYNC_WRITE | _SYNC_WAIT_AFTER
+    if not _sync_file_range(descriptor, offset, length, flags):
+        os.fdatasync(descriptor)
+    drop_cached(descriptor, offset, length)
+
+
+def _sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> bool:
+    """False where there is no such call, or the file system has none. Raises OSError."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is None:
+        return False
+    if call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code))
+
+
+def drop_cached(descriptor: int, offset: int, length: int) -> None:
+    """Gives back the clean pages of a range of a file; of all that follows where `length` is 0."""
+    with suppress(OSError):  # it is advice, and a file system may take none
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def cached_pages(descriptor: int, offset: int, length: int) -> Sequence[int]:
+    """For each page of a range of a file, an odd number if it is in memory already.
+
+    `offset` is a multiple of the page size. Where the system does not tell, every page is.
+    """
+    pages = -(-length // mmap.PAGESIZE)
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    where = libc.mmap(
+        None,
+        ctypes.c_size_t(length),
+        mmap.PROT_READ,
+        mmap.MAP_SHARED,
+        descriptor,
+        ctypes.c_int64(offset),
+    )
+    if where == _MAP_FAILED:
+        return b"\1" * pages
+    found = (ctypes.c_ubyte * pages)()
+    try:
+        told = libc.mincore(ctypes.c_void_p(where), ctypes.c_size_t(length), found) == 0
+    finally:
+        libc.munmap(ctypes.c_void_p(where), ctypes.c_size_t(length))
+    return bytes(found) if told else b"\1" * pages

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,18 +21,30 @@ from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.layout import INDEX_NAME, OutputFile, index_bytes
 from fp8stream.output import OutputDirectory
 from fp8stream.reader import ShardReader
-from fp8stream.system import reserve, sync_directory
+from fp8stream.system import (
+    drop_cached,
+    finish_writing,
+    is_memory_backed,
+    reserve,
+    start_writing,
+    sync_directory,
+)
 
 
 class _OpenFile:
-    """A planned file that is being filled."""
+    """A planned file that is being filled.
 
-    def __init__(self, path: Path, plan: OutputFile) -> None:
+    Unless it is `in_memory` anyway, the disk is kept busy while it is filled, and few of its pages
+    stay in memory.
+    """
+
+    def __init__(self, path: Path, plan: OutputFile, in_memory: bool) -> None:
         self.plan = plan
         self.remaining = sum(tensor.nbytes for tensor in plan.tensors)
         self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._sizes = {tensor.name: tensor.nbytes for tensor in plan.tensors}
         self._partial: dict[str, Coverage] = {}
+        self._behind = None if in_memory else _WriteBehind(self.descriptor)
 
     def claim(self, name: str, start: int, stop: int) -> None:
         """Notes that bytes of tensor `name` are being written. Raises OutputError if they were."""
@@ -47,9 +60,16 @@ class _OpenFile:
             del self._sizes[name], self._partial[name]
 
     def write(self, data: memoryview, offset: int) -> None:
+        begin, length = offset, len(data)
         while data:
             done = os.pwrite(self.descriptor, data, offset)
             data, offset = data[done:], offset + done
+        self.wrote(begin, length)
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Notes that bytes there are written, by whoever, and are the disk's to take."""
+        if self._behind:
+            self._behind.wrote(offset, length)
 
     def seal(self) -> None:
         """Makes the file valid: its data durable first, then the header, its length last."""
@@ -59,8 +79,42 @@ class _OpenFile:
             os.fdatasync(self.descriptor)
             self.write(header[:8], 0)
             os.fsync(self.descriptor)
+            if self._behind:
+                drop_cached(self.descriptor, 0, 0)
         finally:
             os.close(self.descriptor)
+
+
+class _WriteBehind:
+    """What of a file was written but is not on the disk yet: never more than a window of it.
+
+    Without this the system lets a tenth of all memory fill up with such pages before the disk does
+    anything, and throws out everybody else's for it. Thread-safe.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def wrote(self, offset: int, length: int) -> None:
+        """Begins with a range, and waits for the oldest where too much is under way."""
+        if length >= _LEAST_WORTH_STARTING:
+            start_writing(self._descriptor, offset, length)
+        for range_ in self._enter(offset, length):
+            finish_writing(self._descriptor, *range_)
+
+    def _enter(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """The ranges that must be finished now that another one is under way."""
+        with self._lock:
+            self._waiting.append((offset, length))
+            self._bytes += length
+            oldest = []
+            while self._bytes > _WINDOW:
+                oldest.append(self._waiting.popleft())
+                self._bytes -= oldest[-1][1]
+            return oldest
 
 
 class CheckpointWriter:
@@ -78,12 +132,14 @@ class CheckpointWriter:
             for file in files
             for tensor, offset in zip(file.tensors, file.offsets, strict=True)
         }
+        self._in_memory = False
         self._open: dict[str, _OpenFile] = {}
         self._sealed: set[str] = set()
         self._lock = threading.Lock()
 
     def __enter__(self) -> "CheckpointWriter":
         self._directory.__enter__()
+        self._in_memory = is_memory_backed(self._directory.work)
         try:
             with self._directory.failing():
                 for file in self._files:
@@ -126,11 +182,13 @@ class CheckpointWriter:
         with self._directory.failing():
             file, target = self._claim(name, offset, length)
             done = _copy_range(source, at, file, target, length)
+            file.wrote(target, done)
             while done < length:
                 part = buffer[: min(len(buffer), length - done)]
                 source.read_into(part, at + done, name)
                 file.write(part, target + done)
                 done += len(part)
+            source.give_back(at, length)
             self._finish(file, length)
         return length
 
@@ -144,7 +202,7 @@ class CheckpointWriter:
             os.close(descriptor)
         if not any(tensor.nbytes for tensor in plan.tensors):
             self._sealed.add(plan.name)
-            _OpenFile(path, plan).seal()
+            _OpenFile(path, plan, self._in_memory).seal()
 
     def _claim(self, name: str, offset: int, length: int) -> tuple[_OpenFile, int]:
         """The file of tensor `name` and the position in it, for bytes that nobody wrote yet."""
@@ -153,7 +211,8 @@ class CheckpointWriter:
             if plan.name in self._sealed:
                 raise OutputError(f"{plan.name}: tensor {name!r}: bytes came before")
             if plan.name not in self._open:
-                self._open[plan.name] = _OpenFile(self._directory.work / plan.name, plan)
+                path = self._directory.work / plan.name
+                self._open[plan.name] = _OpenFile(path, plan, self._in_memory)
             file = self._open[plan.name]
             file.claim(name, offset, offset + length)
             return file, begin + offset
@@ -225,7 +284,10 @@ class CheckpointWriter:
 
 
 _SIDE_CHUNK = 1 << 20
-_COPY_CHUNK = 64 << 20
+_COPY_CHUNK = 8 << 20
+# Bytes of one file that may wait for the disk; half a second's worth of a slow one.
+_WINDOW = 32 << 20
+_LEAST_WORTH_STARTING = 256 << 10
 
 
 def _copy_range(source: ShardReader, at: int, file: _OpenFile, target: int, length: int) -> int:

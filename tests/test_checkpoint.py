@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fp8stream import stream
+from fp8stream import device
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.errors import CheckpointError
 from fp8stream.reader import Reader
@@ -557,14 +557,14 @@ def test_a_directory_named_like_a_hub_id_is_opened(
 def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     """What to do between the plan and the first read of data."""
     actions: list[Callable[[], None]] = []
-    warm_up = stream.warm_up
+    warm_up = device.warm_up
 
-    def act_then_warm_up(device: torch.device) -> None:
+    def act_then_warm_up(devices: Sequence[torch.device]) -> None:
         for action in actions:
             action()
-        warm_up(device)
+        warm_up(devices)
 
-    monkeypatch.setattr(stream, "warm_up", act_then_warm_up)
+    monkeypatch.setattr(device, "warm_up", act_then_warm_up)
     return actions
 
 

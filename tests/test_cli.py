@@ -61,7 +61,12 @@ def test_quantize_json_is_one_object_with_the_promised_keys(
         "layers_quantized",
         "layers_kept",
         "peak_memory",
+        "workers",
+        "stages",
     ]
+    assert document["workers"] > 0
+    assert list(document["stages"]) == ["read", "quantize", "write", "copy"]
+    assert all(list(spent) == ["busy", "blocked"] for spent in document["stages"].values())
     assert list(document["peak_memory"]) == [
         "host_anonymous_bytes",
         "host_resident_bytes",
@@ -330,7 +335,8 @@ def test_patterns_from_a_file_hold_on_every_device(
 ) -> None:
     import torch
 
-    monkeypatch.setattr("fp8stream.stream.find_device", lambda name: torch.device("cuda", 0))
+    gpus = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr("fp8stream.device.find_devices", lambda name: gpus)
     listed = tmp_path / "patterns"
     listed.write_text("model.layers.0.mlp.down_proj\n\n")
     done = run("quantize", llama, tmp_path / "o", "--dry-run", "--json", "--ignore-from", listed)

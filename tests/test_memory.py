@@ -13,6 +13,7 @@ from fp8stream.memory import (
     MemoryUsage,
     PeakMeter,
     SlabDemand,
+    Workspace,
     format_size,
     parse_size,
     plan_workspace,
@@ -55,7 +56,6 @@ def test_sizes_for_the_eye() -> None:
 demands = st.builds(
     lambda rows, columns, itemsize, multiple, layers: SlabDemand(
         min(rows, multiple) * columns * itemsize,
-        rows * columns * itemsize,
         columns,
         itemsize,
         layers,
@@ -68,30 +68,46 @@ demands = st.builds(
 )
 
 
-@given(demands, st.integers(1, 1 << 32), st.integers(1, 128), st.booleans())
+@given(demands, st.integers(1, 1 << 32), st.integers(1, 128), st.integers(0, 8))
 def test_a_workspace_is_within_the_budget_or_refused_with_the_least_that_works(
-    demand: SlabDemand, budget: int, threads: int, on_gpu: bool
+    demand: SlabDemand, budget: int, threads: int, gpus: int
 ) -> None:
     try:
-        workspace = plan_workspace(demand, budget, threads, on_gpu)
+        workspace = plan_workspace(demand, budget, threads, gpus)
     except BudgetError as error:
         least = parse_size(str(error).rpartition(" ")[2])
         assert least > budget
-        workspace = plan_workspace(demand, least, threads, on_gpu)
+        workspace = plan_workspace(demand, least, threads, gpus)
         budget = least
     assert workspace.total_bytes <= budget
-    assert 1 <= workspace.workers <= max(threads, 2 if on_gpu else 1)
+    assert 1 <= workspace.workers <= max(threads, 2 * gpus)
     assert workspace.workers <= demand.layers
     assert demand.row_bytes <= workspace.slab_bytes <= max(demand.row_bytes, 16 * MIB)
     assert workspace.codes_bytes == workspace.slab_bytes // demand.itemsize
     assert workspace.scratch_elements >= demand.row_elements
-    assert (workspace.device_bytes > 0) == on_gpu
+    assert (workspace.device_bytes > 0) == (gpus > 0)
 
 
 def test_a_larger_budget_never_gives_less() -> None:
-    demand = SlabDemand(4 * MIB, 200 * MIB, 16384, 2, 100)
-    sizes = [plan_workspace(demand, n * MIB, 4, False) for n in (16, 32, 64, 128, 256, 1024)]
+    demand = SlabDemand(4 * MIB, 16384, 2, 100)
+    sizes = [plan_workspace(demand, n * MIB, 4) for n in (16, 32, 64, 128, 256, 1024)]
     assert [s.workers for s in sizes] == sorted(s.workers for s in sizes)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_from_some_budget_on_more_of_it_changes_nothing(gpus: int) -> None:
+    """Large buffers would leave the caches: what a budget leaves over is left alone."""
+    demand = SlabDemand(row_bytes=128 * 1024, row_elements=8192, layers=1000)
+    sizes = {plan_workspace(demand, n << 30, 2, gpus) for n in (1, 4, 64)}
+    assert len(sizes) == 1
+
+
+def test_a_gpus_memory_is_counted_as_torch_takes_it() -> None:
+    """Pinned memory in powers of two, device memory in segments."""
+    space = Workspace(1, slab_bytes=3 * MIB, codes_bytes=MIB, scratch_elements=MIB, slots=2, gpus=1)
+    assert space.host_bytes == (8 + 2) * MIB
+    assert space.device_bytes == (20 + 20 + 20 + 2) * MIB
+    assert space.total_bytes == space.host_bytes + space.device_bytes
 
 
 def test_the_meter_sees_a_peak_that_is_gone_at_the_end() -> None:

@@ -5,7 +5,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fp8stream import plan as plan_module
 from fp8stream import stream
 from fp8stream.checkpoint import open_checkpoint
+from fp8stream.device import Lane
 from fp8stream.errors import CheckpointError, OutputError, WeightError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
-from fp8stream.fp8 import Quantizer
 from fp8stream.memory import MIB, PeakMeter, Workspace
 from fp8stream.output import MARKER
-from fp8stream.plan import Plan, Resources, plan_quantization
+from fp8stream.plan import LayerPlan, Plan, Resources, Task, plan_quantization, take_turns
 from fp8stream.policy import Patterns
 from fp8stream.reader import ShardReader
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
-from fp8stream.stream import Buffers, Worker, stream_layers
+from fp8stream.stream import Worker, stream_layers
 from fp8stream.writer import CheckpointWriter
 from tests import oracle
 from tests.conftest import Tensors, llama_tensors, write_checkpoint
@@ -70,7 +71,7 @@ def convert(
     plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
     with CheckpointWriter(output, plan.files) as writer:
         writer.copy_side_files(checkpoint)
-        list(stream_layers(checkpoint, plan, writer, CPU))
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
         writer.commit(plan.config)
     return plan
 
@@ -363,7 +364,7 @@ def test_the_place_of_a_nan_is_told_in_the_tensors_own_sides(
         pytest.raises(WeightError, match="found 1 of") as caught,
         CheckpointWriter(tmp_path / "out", plan.files) as writer,
     ):
-        list(stream_layers(checkpoint, plan, writer, CPU))
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
     assert repr(name) in str(caught.value)
     assert f"the first at {list(place)}" in str(caught.value)
 
@@ -374,7 +375,7 @@ def test_an_event_for_every_layer_adds_up_to_the_plan(tmp_path: Path) -> None:
     for scheme in SCHEMES:
         plan = plan_quantization(checkpoint, scheme, Patterns(), Resources(MIB, 2, 10**9))
         with CheckpointWriter(tmp_path / "out", plan.files) as writer:
-            events = list(stream_layers(checkpoint, plan, writer, CPU))
+            events = list(stream_layers(checkpoint, plan, writer, [CPU]))
         assert {event.name for event in events} == {layer.name for layer in plan.layers}
         assert sum(event.bytes_read for event in events) == plan.bytes_read
         tensors = sum(t.nbytes for file in plan.files for t in file.tensors)
@@ -382,11 +383,11 @@ def test_an_event_for_every_layer_adds_up_to_the_plan(tmp_path: Path) -> None:
 
 
 def test_closing_early_stops_the_workers_and_leaves_nothing(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "in", llama_tensors(layers=8))
+    source = write_checkpoint(tmp_path / "in", llama_tensors(hidden=1024, inter=4096, layers=4))
     checkpoint = open_checkpoint(source)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 2, 10**9))
     with CheckpointWriter(tmp_path / "out", plan.files) as writer:
-        events = stream_layers(checkpoint, plan, writer, CPU)
+        events = stream_layers(checkpoint, plan, writer, [CPU])
         next(events)
         assert isinstance(events, Iterator)
         events.close()
@@ -433,7 +434,7 @@ def test_a_source_that_changes_under_the_run_is_refused(tmp_path: Path, llama: P
         pytest.raises(CheckpointError, match="changed since its header was read"),
         CheckpointWriter(tmp_path / "out", plan.files) as writer,
     ):
-        list(stream_layers(checkpoint, plan, writer, CPU))
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
     assert not list(tmp_path.glob("out*"))
 
 
@@ -505,7 +506,7 @@ def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, l
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
     with CheckpointWriter(tmp_path / "out", plan.files) as writer:
-        list(stream_layers(checkpoint, plan, writer, CPU))
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "somebody else's").write_text("")
         with pytest.raises(OutputError, match="move it where you want it"):
@@ -513,56 +514,115 @@ def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, l
     assert (tmp_path / "out.fp8stream-partial" / "config.json").exists()
 
 
-class StandInStream:
-    """Counts how often it is waited for."""
+class LateEvent:
+    """A point in a `LateStream`."""
 
-    waits = 0
+    def __init__(self, stream: "LateStream", position: int) -> None:
+        self.stream, self.position = stream, position
 
     def synchronize(self) -> None:
-        type(self).waits += 1
+        self.stream.run_until(self.position)
+
+
+class LateStream:
+    """A stream that does nothing before somebody waits for it, the worst that a device may do: what
+    is read or overwritten too early shows as wrong bytes."""
+
+    def __init__(self) -> None:
+        self._queued: list[Callable[[], object]] = []
+        self._done = 0
+        self.ran = 0
+
+    def run(self, work: Callable[[], object]) -> None:
+        self._queued.append(work)
+        self.ran += 1
+
+    def record(self) -> LateEvent:
+        return LateEvent(self, len(self._queued))
+
+    def wait(self, event: Any) -> None:
+        self._queued.append(event.synchronize)
+
+    def run_until(self, position: int) -> None:
+        while self._done < position:
+            self._done += 1
+            self._queued[self._done - 1]()
 
 
 @schemes
-def test_separate_host_and_device_buffers_give_the_same_bytes(
-    tmp_path: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_device_that_does_everything_at_the_last_moment_gives_the_same_bytes(
+    tmp_path: Path, scheme: Scheme, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way that data takes on a GPU, with host memory standing in for the device's."""
-
-    def stand_in(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def made(*arguments: Any, **options: Any) -> torch.Tensor:
-            options = {k: v for k, v in options.items() if k not in ("device", "pin_memory")}
-            tensor = make(*arguments, **options)
-            tensor.view(torch.uint8).fill_(0xFF)
-            return tensor
-
-        return made
-
     tensors = llama_tensors(hidden=512, inter=1400, kv=256) | lone(1400, 512) | lone(1408, 512)
-    source = write_checkpoint(tmp_path / "in", tensors)
+    tensors |= lone(128, 256) | lone(130, 256) | lone(256, 256)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
     checkpoint = open_checkpoint(source)
-    plan = plan_quantization(
-        checkpoint, scheme, Patterns(), Resources(7 * MIB, 1, 10**9, on_gpu=True)
-    )
-    assert plan.workspace.workers == 1  # the stand-ins are not for two threads
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_like", stand_in(torch.empty_like))
-        patch.setattr(stream, "Quantizer", lambda device, size: Quantizer(CPU, size))
-        patch.setattr(torch.cuda, "Stream", lambda device: StandInStream())
-        patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        patch.setattr(torch.cuda, "set_device", lambda device: None)
-        buffers = Buffers.__init__
+    resources = Resources(1024 * MIB, workers, 10**9, gpus=1)
+    plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
+    space = Workspace(workers, MIB, MIB // 2, 128 * 1400, slots=2, gpus=1)
+    plan = replace(plan, workspace=space)
+    lanes: list[list[LateStream]] = []
 
-        def on_stand_in(self: Buffers, workspace: Workspace, device: torch.device) -> None:
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(torch, "empty", stand_in(torch.empty))
-                buffers(self, workspace, device)
+    def late_lane(workspace: Workspace, device: torch.device) -> Lane:
+        lanes.append([LateStream() for _ in range(3)])
+        lane = Lane(workspace, device, lanes[-1])
+        for slot in lane.slots:
+            slot.source_bytes[:] = b"\xff" * len(slot.source_bytes)
+            slot.codes_bytes[:] = b"\xff" * len(slot.codes_bytes)
+        return lane
 
-        patch.setattr(Buffers, "__init__", on_stand_in)
-        with CheckpointWriter(tmp_path / "out", plan.files) as writer:
-            list(stream_layers(checkpoint, plan, writer, torch.device("cuda", 0)))
-            writer.commit(plan.config)
+    monkeypatch.setattr(stream, "open_lane", late_lane)
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
+        writer.commit(plan.config)
     assert_same(load(tmp_path / "out"), expected(tensors, plan))
-    assert StandInStream.waits > 0
+    assert len(lanes) == workers
+    for number in range(3):
+        assert sum(lane[number].ran for lane in lanes) > 5
+
+
+def test_small_layers_are_launched_together(tmp_path: Path) -> None:
+    """As many rows as a slab takes, of as many layers as it takes: Qwen3-30B-A3B has 18,867."""
+    tensors = {
+        f"model.layers.{layer}.mlp.{leaf}.weight": torch.full((32, 64), layer / 50)
+        for layer in range(50)
+        for leaf in ("gate_proj", "up_proj", "down_proj")
+    }
+    source = write_checkpoint(tmp_path / "in", tensors, shards=1)
+    resources = Resources(64 * MIB, 2, 10**9)
+    plan = plan_quantization(open_checkpoint(source), Scheme(), Patterns(), resources)
+    row = 64 * 4
+    batches = [batch for task in plan.tasks for batch in task.batches(10 * 32 * row)]
+    assert sum(len(batch.slabs) for batch in batches) == 150
+    assert len(batches) == 15
+    assert all(batch.rows == 320 and batch.nbytes == 320 * row for batch in batches)
+
+
+@schemes
+def test_tasks_hold_every_layer_once_and_large_ones_come_first(
+    tmp_path: Path, scheme: Scheme
+) -> None:
+    tensors = llama_tensors(hidden=512, inter=1400, kv=256, layers=3) | lone(1400, 512)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    resources = Resources(64 * MIB, 2, 2 * 10**6)
+    plan = plan_quantization(open_checkpoint(source), scheme, Patterns(), resources)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_module, "_LARGE", 10**6)
+        tasks = plan.tasks
+    layers = [layer for task in tasks for layer in task.layers]
+    assert sorted(layer.name for layer in layers) == sorted(layer.name for layer in plan.layers)
+    sizes = [layer.nbytes // 10**6 for layer in layers]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(len(task.layers) == 1 for task in tasks if task.shares_scale)
+
+
+def test_groups_take_turns_a_few_at_a_time() -> None:
+    a, b, c = (tuple(Task((LayerPlan(f"{name}{n}", [], []),)) for n in range(3)) for name in "abc")
+    order = [task.layers[0].name for task in take_turns([a, b[:1], c], 2)]
+    assert order == ["a0", "b0", "a1", "a2", "c0", "c1", "c2"]
+    assert list(take_turns([], 4)) == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -572,12 +632,12 @@ def test_a_gpu_gives_the_same_bytes(tmp_path: Path, scheme: Scheme) -> None:
     source = write_checkpoint(tmp_path / "in", tensors)
     checkpoint = open_checkpoint(source)
     for threads, budget in ((1, 8 * MIB), (4, 256 * MIB)):
-        resources = Resources(budget, threads, 10**9, on_gpu=True)
+        resources = Resources(budget, threads, 10**9, gpus=1)
         plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
         output = tmp_path / f"out-{threads}"
         torch.cuda.reset_peak_memory_stats()
         with CheckpointWriter(output, plan.files) as writer:
-            list(stream_layers(checkpoint, plan, writer, torch.device("cuda", 0)))
+            list(stream_layers(checkpoint, plan, writer, [torch.device("cuda", 0)]))
             writer.commit(plan.config)
         assert_same(load(output), expected(tensors, plan))
         assert torch.cuda.max_memory_allocated() <= plan.workspace.device_bytes + 8 * MIB
@@ -595,9 +655,8 @@ def test_the_workspace_is_what_the_worker_allocates(tmp_path: Path, llama: Path)
         sizes.append(tensor.numel() * tensor.element_size())
         return tensor
 
-    with pytest.MonkeyPatch.context() as patch, CheckpointWriter(tmp_path / "o", []) as writer:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", counted)
-        reader: Any = None
-        Worker(plan.workspace, CPU, reader, writer, threading.Event())
+        Lane(plan.workspace, CPU)
     assert isinstance(plan.workspace, Workspace)
     assert plan.workspace.total_bytes == 3 * sum(sizes)

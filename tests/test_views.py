@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fp8stream.device import Lane
 from fp8stream.header import TensorSpec
 from fp8stream.layout import OutputTensor
 from fp8stream.memory import Workspace
-from fp8stream.plan import Slab
+from fp8stream.plan import Batch, Slab
 from fp8stream.reader import ShardReader
 from fp8stream.scheme import Granularity
-from fp8stream.stream import Buffers
 from fp8stream.views import Runs, View
 from fp8stream.weights import WeightPlan
 
@@ -95,15 +95,15 @@ def streamed(case: Case, dtype: str, first_row: int, rows: int, directory: Path)
     # No more than the plan says that a worker needs for so many rows.
     room = rows * slab.weight.row_bytes
     assert slab.nbytes <= room
-    buffers = Buffers(Workspace(1, room, room, 1), torch.device("cpu"))
+    slot = Lane(Workspace(1, room, room, 1), torch.device("cpu")).take()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        shard = ShardReader(descriptor, path)
-        shard.read_runs(buffers.source_bytes[: slab.nbytes], slab.runs, slab.weight.spec)
+        shard = ShardReader(descriptor, path, path.name, ())
+        shard.read_runs(slot.source_bytes[: slab.nbytes], slab.runs, slab.weight.spec)
     finally:
         os.close(descriptor)
     # The integers go with the buffers, which nothing else holds.
-    return buffers.to_device(slab).clone()
+    return slot.source(Batch((slab,))).clone()
 
 
 @pytest.fixture(scope="module")
