@@ -85,36 +85,38 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
+Ranges = list[tuple[int, int]]
+
+
 class _WriteBehind:
     """What of a file was written but is not on the disk yet: never more than a window of it.
 
     Without this the system lets a tenth of all memory fill up with such pages before the disk does
-    anything, and throws out everybody else's for it. Thread-safe.
+    anything, and throws out everybody else's for it. The disk gets them in bursts, since one that
+    reads and writes by turns does neither well. Thread-safe.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._waiting: deque[tuple[int, int]] = deque()
+        self._gathered: Ranges = []
         self._bytes = 0
+        self._under_way: deque[Ranges] = deque()
         self._lock = threading.Lock()
 
     def wrote(self, offset: int, length: int) -> None:
-        """Begins with a range, and waits for the oldest where too much is under way."""
-        if length >= _LEAST_WORTH_STARTING:
-            start_writing(self._descriptor, offset, length)
-        for range_ in self._enter(offset, length):
-            finish_writing(self._descriptor, *range_)
-
-    def _enter(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """The ranges that must be finished now that another one is under way."""
+        """Has the disk begin with a burst where there is one, and waits for an earlier one."""
         with self._lock:
-            self._waiting.append((offset, length))
+            self._gathered.append((offset, length))
             self._bytes += length
-            oldest = []
-            while self._bytes > _WINDOW:
-                oldest.append(self._waiting.popleft())
-                self._bytes -= oldest[-1][1]
-            return oldest
+            if self._bytes < _BURST:
+                return
+            burst, self._gathered, self._bytes = self._gathered, [], 0
+            self._under_way.append(burst)
+            late = self._under_way.popleft() if len(self._under_way) > _BURSTS_AT_ONCE else []
+        for range_ in burst:
+            start_writing(self._descriptor, *range_)
+        for range_ in late:
+            finish_writing(self._descriptor, *range_)
 
 
 class CheckpointWriter:
@@ -285,9 +287,9 @@ class CheckpointWriter:
 
 _SIDE_CHUNK = 1 << 20
 _COPY_CHUNK = 8 << 20
-# Bytes of one file that may wait for the disk; half a second's worth of a slow one.
-_WINDOW = 32 << 20
-_LEAST_WORTH_STARTING = 256 << 10
+# Bytes of one file that the disk gets together, and how many times as many may be under way.
+_BURST = 16 << 20
+_BURSTS_AT_ONCE = 2
 
 
 def _copy_range(source: ShardReader, at: int, file: _OpenFile, target: int, length: int) -> int:

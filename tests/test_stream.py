@@ -2,9 +2,10 @@
 
 import gc
 import itertools
+import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 
 from fp8stream import plan as plan_module
 from fp8stream import stream
+from fp8stream import writer as writer_module
 from fp8stream.checkpoint import open_checkpoint
+from fp8stream.clock import Clock
 from fp8stream.device import Lane
 from fp8stream.errors import CheckpointError, OutputError, WeightError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
@@ -28,6 +31,7 @@ from fp8stream.policy import Patterns
 from fp8stream.reader import ShardReader
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.stream import Worker, stream_layers
+from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.writer import CheckpointWriter
 from tests import oracle
 from tests.conftest import Tensors, llama_tensors, write_checkpoint
@@ -586,18 +590,18 @@ def test_a_device_that_does_everything_at_the_last_moment_gives_the_same_bytes(
 def test_small_layers_are_launched_together(tmp_path: Path) -> None:
     """As many rows as a slab takes, of as many layers as it takes: Qwen3-30B-A3B has 18,867."""
     tensors = {
-        f"model.layers.{layer}.mlp.{leaf}.weight": torch.full((32, 64), layer / 50)
+        f"model.layers.{layer}.mlp.{leaf}.weight": torch.full((64, 64), layer / 50)
         for layer in range(50)
         for leaf in ("gate_proj", "up_proj", "down_proj")
-    }
+    } | {"model.embed_tokens.weight": torch.zeros(8, 64)}
     source = write_checkpoint(tmp_path / "in", tensors, shards=1)
     resources = Resources(64 * MIB, 2, 10**9)
     plan = plan_quantization(open_checkpoint(source), Scheme(), Patterns(), resources)
     row = 64 * 4
-    batches = [batch for task in plan.tasks for batch in task.batches(10 * 32 * row)]
+    batches = [batch for task in plan.tasks for batch in task.batches(10 * 64 * row)]
     assert sum(len(batch.slabs) for batch in batches) == 150
     assert len(batches) == 15
-    assert all(batch.rows == 320 and batch.nbytes == 320 * row for batch in batches)
+    assert all(batch.rows == 640 and batch.nbytes == 640 * row for batch in batches)
 
 
 @schemes
@@ -660,3 +664,75 @@ def test_the_workspace_is_what_the_worker_allocates(tmp_path: Path, llama: Path)
         Lane(plan.workspace, CPU)
     assert isinstance(plan.workspace, Workspace)
     assert plan.workspace.total_bytes == 3 * sum(sizes)
+
+
+def cached_share(files: Iterable[Path]) -> float:
+    """The share of the files' pages that are in memory."""
+    pages: list[int] = []
+    for file in files:
+        with file.open("rb") as opened:
+            pages += (page & 1 for page in cached_pages(opened.fileno(), 0, file.stat().st_size))
+    return sum(pages) / len(pages)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_pages_that_we_brought_in_are_given_back_and_others_stay(
+    tmp_path: Path, warm: bool
+) -> None:
+    if is_memory_backed(tmp_path):
+        pytest.skip("in a RAM disk the page cache is the file")
+    tensors = llama_tensors(hidden=1024, inter=4096, layers=2, vocab=4000)
+    source = write_checkpoint(tmp_path / "in", tensors, shards=2)
+    files = sorted(source.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            drop_cached(opened.fileno(), 0, 0)
+            if warm:
+                opened.read()
+    assert cached_share(files) == warm
+    convert(source, tmp_path / "out", Scheme(), max_shard_size=2 * 10**7)
+    assert cached_share(files) == pytest.approx(float(warm), abs=0.02)
+    assert cached_share((tmp_path / "out").glob("*.safetensors")) < 0.05
+
+
+def test_few_written_pages_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much is written, what was not waited for stays within a few bursts."""
+    waiting = most = 0
+    lock = threading.Lock()
+
+    def finish(descriptor: int, offset: int, length: int) -> None:
+        nonlocal waiting
+        with lock:
+            waiting -= length
+
+    pwrite = os.pwrite
+
+    def write(descriptor: int, data: memoryview, offset: int) -> int:
+        nonlocal waiting, most
+        done = pwrite(descriptor, data, offset)
+        with lock:
+            waiting += done
+            most = max(most, waiting)
+        return done
+
+    monkeypatch.setattr(writer_module, "is_memory_backed", lambda path: False)
+    monkeypatch.setattr(writer_module, "finish_writing", finish)
+    monkeypatch.setattr(writer_module, "_BURST", MIB)
+    monkeypatch.setattr("os.pwrite", write)
+    tensors = llama_tensors(hidden=1024, inter=4096, layers=2)
+    convert(write_checkpoint(tmp_path / "in", tensors), tmp_path / "out", Scheme())
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert 4 * MIB < most < 12 * MIB < written
+
+
+@schemes
+def test_the_clock_counts_every_stage(tmp_path: Path, scheme: Scheme, llama: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    plan = plan_quantization(checkpoint, scheme, Patterns(), Resources(64 * MIB, 2, 10**9))
+    clock = Clock()
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        list(stream_layers(checkpoint, plan, writer, [CPU], clock))
+    assert all(spent.busy > 0 and spent.blocked >= 0 for spent in clock.stages.values())

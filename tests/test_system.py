@@ -66,3 +66,40 @@ def test_a_disk_that_is_too_small_says_so_when_space_is_reserved(tmp_path: Path)
     with path.open("wb") as stream, pytest.raises(OSError, match=r"\[Errno") as caught:
         system.reserve(stream.fileno(), path, 1 << 60)
     assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+
+
+def test_pages_are_told_and_given_back(tmp_path: Path) -> None:
+    """Read in: there. Given back: gone, in a file system that has pages at all."""
+    size = 3 * 4096 + 10
+    path = tmp_path / "file"
+    path.write_bytes(bytes(size))
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+        system.drop_cached(stream.fileno(), 0, 0)
+        after = system.cached_pages(stream.fileno(), 0, size)
+        stream.read()
+        read = system.cached_pages(stream.fileno(), 0, size)
+    assert len(after) == len(read) == 4
+    assert all(page & 1 for page in read)
+    if not system.is_memory_backed(path):
+        assert not any(page & 1 for page in after)
+
+
+@pytest.mark.parametrize("calls", ["the system's", "none"])
+def test_what_is_written_may_be_hurried(
+    tmp_path: Path, calls: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if calls == "none":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+    with (tmp_path / "file").open("wb", buffering=0) as stream:
+        stream.write(bytes(10_000))
+        system.start_writing(stream.fileno(), 0, 10_000)
+        system.finish_writing(stream.fileno(), 0, 10_000)
+    assert (tmp_path / "file").read_bytes() == bytes(10_000)
+
+
+def test_a_disk_that_fails_in_the_background_is_an_error(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as stream:
+        closed = stream.fileno()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        system.finish_writing(closed, 0, 1)
