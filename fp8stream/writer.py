@@ -276,13 +276,13 @@ class CheckpointWriter:
         """Every planned byte written, and a file that the reference parser reads."""
         if plan.name not in self._sealed:
             raise OutputError(f"{plan.name}: tensors are missing: not every planned byte came")
-        with (
-            (self._directory.work / plan.name).open("rb") as stream,
+        with (self._directory.work / plan.name).open("rb") as stream:
             # By descriptor: the reference library takes no path that is not UTF-8.
-            safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened,
-        ):
-            if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
-                raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
+            with safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened:
+                if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
+                    raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
+            if not self._in_memory:
+                drop_cached(stream.fileno(), 0, 0)  # the library maps it, and the system reads on
 
 
 _SIDE_CHUNK = 1 << 20
