@@ -212,13 +212,18 @@ class Limits:
 
     def probe(self, kind: Kind, bench: Bench) -> Probe:
         files = tuple(map(str, bench.files))
-        on_disk = not is_in_memory(bench.work) if kind == "write" else self.state == "cold"
+        on_disk = not is_in_memory(bench.work) if kind != "read" else self.state == "cold"
         match kind:
             case "read":
                 return Probe(kind, self.threads, on_disk, sources=files)
             case "write":
                 target = str(bench.work)
                 return Probe(kind, self.threads, on_disk, target=target, sizes=self.output_sizes)
+            case "turns":
+                target = str(bench.work)
+                return Probe(
+                    kind, self.threads, on_disk, files, target=target, sizes=self.output_sizes
+                )
             case "copy":
                 target, size = str(bench.work), self.job.kept
                 return Probe(kind, self.threads, sources=files, target=target, nbytes=size)

@@ -157,6 +157,7 @@ def limits_row(
         "binding": limit.binding,
         "seconds": limit.seconds,
         "share": limit.seconds / converter["summary"]["seconds"]["median"],
+        "share_of_turns": costs["turns"].wall / converter["summary"]["seconds"]["median"],
     }
 
 

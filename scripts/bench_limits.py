@@ -36,7 +36,7 @@ SLAB_ELEMENTS = 1 << 20
 # The best tile depends on the caches, so the fastest of these is taken, before the clock starts.
 TILE_ELEMENTS = (1 << 17, 1 << 18, 1 << 19)
 
-Kind = Literal["read", "write", "copy", "cast"]
+Kind = Literal["read", "write", "turns", "copy", "cast"]
 Task = TypeVar("Task")
 
 
@@ -46,6 +46,7 @@ class Probe:
 
     read: all of the files `sources`; `on_disk` says that pages are given back once they were read.
     write: new files of `sizes` bytes in `target`; `on_disk` that the disk works while we write.
+    turns: both of these, a block read and its share of the output written by turns.
     copy: the first `nbytes` of `sources` to a new file in `target`, by the kernel.
     cast: `elements` of bf16 to codes, in rows of `columns`, with scales as `scheme` says.
     """
@@ -82,7 +83,8 @@ class Block:
 
 def measure(probe: Probe) -> Cost:
     """Does the work of `probe`. Buffers are there and touched, and files open, at the start."""
-    return {"read": _read, "write": _write, "copy": _copy, "cast": _cast}[probe.kind](probe)
+    works = {"read": _read, "write": _write, "turns": _turns, "copy": _copy, "cast": _cast}
+    return works[probe.kind](probe)
 
 
 def drain(tasks: Iterable[Task], workers: Sequence[Callable[[Task], None]]) -> Cost:
@@ -110,13 +112,17 @@ def _blocks(descriptor: int, size: int, length: int) -> Iterator[Block]:
         yield Block(descriptor, offset, min(length, size - offset))
 
 
-def _read(probe: Probe) -> Cost:
+def _source_blocks(probe: Probe) -> list[Block]:
     descriptors = [os.open(source, os.O_RDONLY) for source in probe.sources]
-    blocks = [
+    return [
         block
         for descriptor in descriptors
         for block in _blocks(descriptor, os.fstat(descriptor).st_size, READ_BLOCK)
     ]
+
+
+def _read(probe: Probe) -> Cost:
+    blocks = _source_blocks(probe)
     workers = [_reader(probe.on_disk) for _ in range(probe.threads)]
     return drain(blocks, workers)
 
@@ -142,7 +148,31 @@ def _new_file(path: Path, size: int) -> int:
     return descriptor
 
 
-def _write(probe: Probe) -> Cost:
+def _turns(probe: Probe) -> Cost:
+    """A converter without arithmetic: the disk is asked to read and to write at the same time."""
+    reads, descriptors, writes = _source_blocks(probe), *_target_blocks(probe)
+    share = len(writes) / len(reads)
+    tasks = [
+        (block, writes[int(n * share) : int((n + 1) * share)]) for n, block in enumerate(reads)
+    ]
+
+    def worker() -> Callable[[tuple[Block, list[Block]]], None]:
+        read, write = _reader(probe.on_disk), _writer(probe.on_disk)
+
+        def turn(task: tuple[Block, list[Block]]) -> None:
+            read(task[0])
+            for block in task[1]:
+                write(block)
+
+        return turn
+
+    done = drain(tasks, [worker() for _ in range(probe.threads)])
+    synced = drain(descriptors, [os.fsync])
+    return Cost(done.wall + synced.wall, done.cpu + synced.cpu)
+
+
+def _target_blocks(probe: Probe) -> tuple[list[int], list[Block]]:
+    """New files, and the blocks that fill them."""
     target = Path(probe.target)
     descriptors = [_new_file(target / f"{n}.bin", size) for n, size in enumerate(probe.sizes)]
     blocks = [
@@ -150,6 +180,11 @@ def _write(probe: Probe) -> Cost:
         for descriptor, size in zip(descriptors, probe.sizes, strict=True)
         for block in _blocks(descriptor, size, WRITE_BLOCK)
     ]
+    return descriptors, blocks
+
+
+def _write(probe: Probe) -> Cost:
+    descriptors, blocks = _target_blocks(probe)
     written = drain(blocks, [_writer(probe.on_disk) for _ in range(probe.threads)])
     synced = drain(descriptors, [os.fsync])
     return Cost(written.wall + synced.wall, written.cpu + synced.cpu)

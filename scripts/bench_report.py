@@ -106,6 +106,7 @@ def print_limits(limit: Record, state: State) -> None:
     sizes = {
         "read": job["source"],
         "write": sum(limit["output_sizes"]),
+        "turns": job["source"] + sum(limit["output_sizes"]),
         "copy": job["kept"],
         "cast": 2 * job["elements"],
     }
@@ -116,6 +117,11 @@ def print_limits(limit: Record, state: State) -> None:
         f"limit, {count(limit['threads'], 'thread')}: {limit['seconds']:.2f} s ({terms}), "
         f"{limit['binding']} binds; fp8stream reaches {limit['share']:.0%} of it"
     )
+    if state == "cold":
+        print(
+            "  reading and writing by turns, without arithmetic, is a limit too: "
+            f"{limit['share_of_turns']:.0%} of that"
+        )
     for kind, size in sizes.items():
         wall, cpu = (Spread(**kinds[kind][clock]) for clock in ("wall", "cpu"))
         rate = size / GB / wall.median if wall.median else 0.0
