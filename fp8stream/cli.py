@@ -233,7 +233,7 @@ def inspect(
     callback=_device,
     default="auto",
     show_default=True,
-    help="Where to compute: auto, cpu, cuda or cuda:N.",
+    help="Where to compute: auto, cpu, cuda (all GPUs) or cuda:N.",
 )
 @click.option(
     "--memory-budget",
