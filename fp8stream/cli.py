@@ -381,6 +381,7 @@ class _Job:
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
         start, clock = time.perf_counter(), Clock()
+        _ = self.plan.tasks  # part of the plan, not of what the run needs
         try:
             warm_up(self.devices)
             with (

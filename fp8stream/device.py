@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fp8stream.errors import DeviceError
 from fp8stream.fp8 import Quantizer, is_finite
-from fp8stream.memory import Workspace
+from fp8stream.memory import SMALLEST_SCRATCH, Workspace
 from fp8stream.plan import Batch
 from fp8stream.scheme import Granularity
 
@@ -211,7 +211,7 @@ def warm_up(devices: Sequence[torch.device]) -> None:
     for device in devices:
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        quantizer = Quantizer(device, 1)
+        quantizer = Quantizer(device, SMALLEST_SCRATCH)
         for dtype in TORCH_DTYPES.values():
             weight = torch.zeros((1, 1), dtype=dtype, device=device)
             for granularity in Granularity:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8stream.errors import CheckpointError
+from fp8stream.system import never_read_ahead
 
 MAX_HEADER_BYTES = 100_000_000
 LFS_POINTER = b"version https://git-lfs"
@@ -102,6 +103,7 @@ def read_shard(path: Path) -> Shard:
             raise CheckpointError(f"{path}: expected a regular file, found {_kind(mode)}")
         with path.open("rb") as stream:
             status = os.fstat(stream.fileno())
+            never_read_ahead(stream.fileno())
             first = stream.read(8)
             length = _header_length(path, first, status.st_size)
             header = stream.read(length)

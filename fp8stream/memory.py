@@ -18,7 +18,7 @@ SMALLEST_SCRATCH = 128 * 128
 
 
 @dataclass(frozen=True)
-class Place:
+class BufferSizes:
     """What a worker's buffers are at best: bytes of a slab, elements of the float32 scratch, slots
     that take turns; and the bytes below which another worker gains nothing."""
 
@@ -30,9 +30,9 @@ class Place:
 
 # A slab and its scratch stay in the caches, and are large enough that Python's share of the time is
 # small; docs/performance.md has what else was tried.
-ON_CPU = Place(4 * MIB, MIB // 2, 1, 4 * MIB)
+ON_CPU = BufferSizes(4 * MIB, MIB // 2, 1, 4 * MIB)
 # Large copies, and few launches; while one slot is on the device, the other is read into.
-ON_GPU = Place(16 * MIB, 4 * MIB, 2, 32 * MIB)
+ON_GPU = BufferSizes(16 * MIB, 4 * MIB, 2, 32 * MIB)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1 << 10 * power for power, unit in enumerate("KMGT", start=1)}
@@ -110,6 +110,11 @@ class Workspace:
         return self.host_bytes + self.device_bytes
 
 
+def _aligned(size: int) -> int:
+    """`size` bytes as far as the next slot may begin, whatever its dtype."""
+    return -(-size // 512) * 512
+
+
 def _pinned(size: int) -> int:
     """What torch's allocator takes for `size` bytes of pinned memory: a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
@@ -123,8 +128,11 @@ def _segment(size: int) -> int:
     return 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
 
 
-# Scales and the like of one stream: a segment for small allocations, and one for those above 1 MiB.
-_SMALL_SEGMENTS = 2 * MIB
+# Scales and what is computed on the way to them: small allocations of the kernels' stream, and of
+# the default stream, which the workers of a device share.
+_SMALL_SEGMENTS = 4 * MIB
+# Torch has 32 streams to give away on a device, and a worker takes three.
+_WORKERS_A_GPU = 8
 
 
 def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0) -> Workspace:
@@ -132,8 +140,8 @@ def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0)
 
     Raises BudgetError, naming the least that works, when not even one worker fits.
     """
-    place = ON_GPU if gpus else ON_CPU
-    least = _smallest(demand, place, gpus)
+    sizes = ON_GPU if gpus else ON_CPU
+    least = _smallest(demand, sizes, gpus)
     if least.total_bytes > budget:
         raise BudgetError(
             f"--memory-budget {format_size(budget)} is too small for this checkpoint: its widest "
@@ -142,21 +150,24 @@ def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0)
         )
     # Two for each GPU, so that one's reading overlaps the other's writing.
     wanted = min(max(threads, 2 * gpus), demand.layers)
-    workers = max(1, min(wanted, budget // max(least.total_bytes, place.share)))
-    sizes = (_workspace(demand, place, workers, gpus, halvings) for halvings in range(64))
-    return next(size for size in sizes if size.total_bytes <= budget)
+    if gpus:
+        wanted = min(wanted, _WORKERS_A_GPU * gpus)
+    workers = max(1, min(wanted, budget // max(least.total_bytes, sizes.share)))
+    smaller = (_workspace(demand, sizes, workers, gpus, halvings) for halvings in range(64))
+    return next(space for space in smaller if space.total_bytes <= budget)
 
 
 def _workspace(
-    demand: SlabDemand, place: Place, workers: int, gpus: int, halvings: int
+    demand: SlabDemand, sizes: BufferSizes, workers: int, gpus: int, halvings: int
 ) -> Workspace:
-    slab = max(demand.row_bytes, place.slab_bytes >> halvings)
-    scratch = max(demand.row_elements, SMALLEST_SCRATCH, place.scratch_elements >> halvings)
-    return Workspace(workers, slab, slab // demand.itemsize, scratch, place.slots, gpus)
+    slab = _aligned(max(demand.row_bytes, sizes.slab_bytes >> halvings))
+    codes = _aligned(slab // demand.itemsize)
+    scratch = max(demand.row_elements, SMALLEST_SCRATCH, sizes.scratch_elements >> halvings)
+    return Workspace(workers, slab, codes, scratch, sizes.slots, gpus)
 
 
-def _smallest(demand: SlabDemand, place: Place, gpus: int) -> Workspace:
-    return _workspace(demand, place, 1, gpus, 63)
+def _smallest(demand: SlabDemand, sizes: BufferSizes, gpus: int) -> Workspace:
+    return _workspace(demand, sizes, 1, gpus, 63)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from operator import itemgetter
 from typing import Any
 
 from fp8stream import __version__
@@ -37,6 +36,10 @@ _SUFFIX = 40
 # Bytes that make a layer a large one.
 _LARGE = 64 << 20
 _SLABS_A_TASK = 4
+# What a worker remembers of layers that it has begun is in no budget: so few that it need not be.
+_LAYERS_A_TASK = 32
+# Nor are scales, and what is computed on the way to them: some 25 bytes a row.
+_ROWS_A_SLAB = 16384
 _FILES_AT_ONCE = 4
 
 
@@ -147,17 +150,6 @@ class Batch:
         """Bytes that are read."""
         return sum(slab.nbytes for slab in self.slabs)
 
-    def takes(self, slab: Slab, slab_bytes: int) -> bool:
-        """Whether `slab` can lie below these: its rows like theirs, its scale groups its own."""
-        last, weight = self.slabs[-1], slab.weight
-        return (
-            weight.granularity is self.granularity is not Granularity.TENSOR
-            and (weight.shape[1], weight.spec.dtype) == (self.columns, last.weight.spec.dtype)
-            and not (weight.source.transposed or last.weight.source.transposed)
-            and last.rows % self.granularity.row_multiple == 0
-            and self.nbytes + slab.nbytes <= slab_bytes
-        )
-
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -176,7 +168,8 @@ class LayerPlan:
         """The rows of the layer's weights, at most `slab_bytes` of source at a time."""
         for weight in self.weights:
             rows, multiple = weight.shape[0], weight.row_multiple
-            step = max(multiple, slab_bytes // weight.row_bytes // multiple * multiple)
+            fitting = min(_ROWS_A_SLAB, slab_bytes // weight.row_bytes)
+            step = max(multiple, fitting // multiple * multiple)
             for row in range(0, rows, step):
                 yield Slab(weight, row, min(step, rows - row))
 
@@ -218,17 +211,29 @@ class Task:
 
     def batches(self, slab_bytes: int) -> Iterator[Batch]:
         """The rows of all its weights, at most `slab_bytes` of source at a time."""
-        batch: Batch | None = None
-        for layer in self.layers:
-            for slab in layer.slabs(slab_bytes):
-                if batch and batch.takes(slab, slab_bytes):
-                    batch = Batch((*batch.slabs, slab))
-                    continue
-                if batch:
-                    yield batch
-                batch = Batch((slab,))
-        if batch:
-            yield batch
+        together: list[Slab] = []
+        size = rows = 0
+        for slab in (slab for layer in self.layers for slab in layer.slabs(slab_bytes)):
+            size, rows = size + slab.nbytes, rows + slab.rows
+            fits = size <= slab_bytes and rows <= _ROWS_A_SLAB
+            if together and not (fits and _stack(together[-1], slab)):
+                yield Batch(tuple(together))
+                together, size, rows = [], slab.nbytes, slab.rows
+            together.append(slab)
+        if together:
+            yield Batch(tuple(together))
+
+
+def _stack(upper: Slab, lower: Slab) -> bool:
+    """Whether `lower` can lie below `upper`: rows like its rows, and scale groups of its own."""
+    one, other = upper.weight, lower.weight
+    return (
+        one.granularity is other.granularity is not Granularity.TENSOR
+        and one.shape[1] == other.shape[1]
+        and one.spec.dtype == other.spec.dtype
+        and not (one.source.transposed or other.source.transposed)
+        and upper.rows % one.granularity.row_multiple == 0
+    )
 
 
 @dataclass(frozen=True)
@@ -252,18 +257,19 @@ class Plan:
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """The layers as workers take them, in the order of their first tensor but for large ones.
+        """The layers as workers take them: those of a few output files in turn.
 
-        Those come first, the larger the earlier, or the one that ends last would keep every other
-        worker waiting. Layers of a few files take turns, since a system writes to one file for one
-        thread at a time.
+        A system writes to one file for one thread at a time. Of a file the large layers come first,
+        or one that ends last would keep every other worker waiting.
         """
         files = {tensor.name: file.name for file in self.files for tensor in file.tensors}
-        groups: dict[tuple[int, str], list[LayerPlan]] = defaultdict(list)
+        groups: dict[str, list[LayerPlan]] = {file.name: [] for file in self.files}
         for layer in self.layers:
-            groups[-(layer.nbytes // _LARGE), files[layer.first_output]].append(layer)
+            groups[files[layer.first_output]].append(layer)
+        for layers in groups.values():
+            layers.sort(key=lambda layer: -(layer.nbytes // _LARGE))
         slab_bytes = self.workspace.slab_bytes
-        tasks = (list(_tasks(groups[key], slab_bytes)) for key in sorted(groups, key=itemgetter(0)))
+        tasks = (list(_tasks(layers, slab_bytes)) for layers in groups.values())
         return tuple(take_turns(tasks, _FILES_AT_ONCE))
 
     def with_resources(self, resources: Resources) -> "Plan":
@@ -455,7 +461,8 @@ def _tasks(layers: Iterable[LayerPlan], slab_bytes: int) -> Iterator[Task]:
     size = 0
     for layer in layers:
         alone = layer.shares_scale
-        if together and (alone or size + layer.nbytes > _SLABS_A_TASK * slab_bytes):
+        full = size + layer.nbytes > _SLABS_A_TASK * slab_bytes or len(together) == _LAYERS_A_TASK
+        if together and (alone or full):
             yield Task(tuple(together))
             together, size = [], 0
         together.append(layer)

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from mmap import PAGESIZE
 from pathlib import Path
 
 from fp8stream.errors import CheckpointError
@@ -17,7 +18,7 @@ from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.views import Runs
 
 # Whether pages were in memory before is asked and kept for so many bytes of a file together.
-_WINDOW = 8 << 20
+_WINDOW = 1 << 20
 
 
 class Reader:
@@ -27,7 +28,7 @@ class Reader:
         self._directory = directory
         self._shards: Mapping[str, Shard] = {shard.name: shard for shard in shards}
         self._in_memory = is_memory_backed(directory)
-        self._warm: dict[str, tuple[bool, ...]] = {}
+        self._warm: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @contextmanager
@@ -49,14 +50,12 @@ class Reader:
         finally:
             os.close(descriptor)
 
-    def _warm_windows(self, descriptor: int, shard: Shard) -> tuple[bool, ...]:
-        """Which windows of the file were in memory before anything of it was read here."""
+    def _warm_windows(self, descriptor: int, shard: Shard) -> bytes:
+        """For each window of the file, 1 if any of it was in memory before it was read here."""
         with self._lock:
             if shard.name not in self._warm:
-                begins = () if self._in_memory else range(0, shard.size, _WINDOW)
-                lengths = (min(_WINDOW, shard.size - begin) for begin in begins)
-                windows = zip(begins, lengths, strict=True)
-                self._warm[shard.name] = tuple(_is_warm(descriptor, *window) for window in windows)
+                size = 0 if self._in_memory else shard.size
+                self._warm[shard.name] = bytes(_warm(descriptor, size))
             return self._warm[shard.name]
 
     def give_back(self) -> None:
@@ -68,24 +67,35 @@ class Reader:
                     shard.give_back(0, self._shards[name].size)
 
 
-def _is_warm(descriptor: int, begin: int, length: int) -> bool:
-    pages = cached_pages(descriptor, begin, length)
-    return 2 * sum(page & 1 for page in pages) > len(pages)
+def _warm(descriptor: int, size: int) -> Iterator[bool]:
+    """For each window of a file of `size` bytes, whether any of it is in memory."""
+    together, window = 64 * _WINDOW, _WINDOW // PAGESIZE
+    for begin in range(0, size, together):
+        pages = cached_pages(descriptor, begin, min(together, size - begin))
+        for page in range(0, len(pages), window):
+            yield 1 in pages[page : page + window]
 
 
 def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
     status = os.fstat(descriptor)
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        difference = _difference(status, shard)
         raise CheckpointError(
-            f"{path}: changed since its header was read: expected {shard.size} bytes, found "
-            f"{status.st_size}; let what writes it finish, then run again"
+            f"{path}: changed since its header was read: {difference}; let what writes it finish, "
+            "then run again"
         )
+
+
+def _difference(status: os.stat_result, shard: Shard) -> str:
+    if status.st_size != shard.size:
+        return f"expected {shard.size} bytes, found {status.st_size}"
+    return f"expected {shard.size} bytes of that time, found as many of another"
 
 
 class ShardReader:
     """One open shard. `warm` says which windows of it are in memory on behalf of others."""
 
-    def __init__(self, descriptor: int, path: Path, file: str, warm: tuple[bool, ...]) -> None:
+    def __init__(self, descriptor: int, path: Path, file: str, warm: bytes) -> None:
         self.descriptor = descriptor
         self.path = path
         self.file = file
@@ -100,12 +110,17 @@ class ShardReader:
         for run in range(runs.count):
             offset = spec.offset + (runs.first + run * runs.step) * spec.itemsize
             self.read_into(buffer[run * size : (run + 1) * size], offset, spec.name)
+
+    def give_back_runs(self, runs: Runs, spec: TensorSpec) -> None:
+        """Frees the pages of what `read_runs` read. Those of several runs hold parts of other
+        matrices, which are soon asked for: they go with the file."""
         if runs.count == 1:
-            # Of several the pages hold other matrices' parts too, which are soon asked for.
-            self.give_back(spec.offset + runs.first * spec.itemsize, size)
+            self.give_back(spec.offset + runs.first * spec.itemsize, runs.length * spec.itemsize)
 
     def give_back(self, offset: int, length: int) -> None:
         """Frees the pages of a range, but for those that were in memory before we came."""
+        if not length:
+            return
         first, last = offset // _WINDOW, -(-(offset + length) // _WINDOW)
         cold = [not warm for warm in self._warm[first:last]]
         if cold and all(cold):

@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.clock import Clock, Stage
 from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane
-from fp8stream.errors import WeightError
+from fp8stream.errors import CheckpointError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
 from fp8stream.plan import Batch, LayerPlan, Plan, Slab, Task, TensorPlan
@@ -199,7 +199,7 @@ class Worker:
         """
         largest = []
         for batch in batches:
-            slot = self._read(batch)
+            slot = self._read(batch, again=len(batches) > 1)
             with self._clock.measure(Stage.QUANTIZE):
                 slot.amax(batch)
                 largest.append(slot.result().cpu())
@@ -207,8 +207,11 @@ class Worker:
         scale = weight_scale(torch.stack(largest).amax(0)).to(self._lane.device)
         return scale, slot if len(batches) == 1 else None
 
-    def _read(self, batch: Batch) -> Slot:
-        """The batch in the lane's next slot, whose own was written before."""
+    def _read(self, batch: Batch, again: bool = False) -> Slot:
+        """The batch in the lane's next slot, whose own was written before.
+
+        Its pages stay in memory where it will be read `again`.
+        """
         self._check_stop()
         slot, done = self._lane.take(), 0
         if slot in self._in_flight:
@@ -218,6 +221,8 @@ class Worker:
             shard = self._open(spec.file)
             with self._clock.measure(Stage.READ):
                 shard.read_runs(slot.source_bytes[done : done + slab.nbytes], slab.runs, spec)
+                if not again:
+                    shard.give_back_runs(slab.runs, spec)
             done += slab.nbytes
         return slot
 
@@ -276,21 +281,27 @@ class Worker:
         self._in_flight.clear()
         for slab in batch.slabs:
             self._refuse_non_finite(slab.weight)
+        raise CheckpointError(
+            f"{batch.slabs[0].weight.spec.file}: tensor {batch.slabs[0].weight.spec.name!r}: "
+            "changed while it was read; let what writes it finish, then run again"
+        )
 
     def _refuse_non_finite(self, weight: WeightPlan) -> None:
         """Counts what is not finite in the whole weight, and finds the first."""
         spec, count, first = weight.spec, 0, -1
         for batch in Task((LayerPlan(weight.name, [weight], []),)).batches(self._slab_bytes):
-            # Row by row: a mask as large as a slab would be a buffer that nobody counted.
             slot = self._read(batch)
             slot.amax(batch)
             if is_finite(slot.result()):
                 continue
-            for row, values in enumerate(slot.source(batch), start=batch.slabs[0].first_row):
-                bad = torch.isfinite(values).logical_not_()
+            source = slot.source(batch)
+            # Row by row: a mask as large as a slab would be a buffer that nobody counted.
+            for row in range(batch.rows):
+                bad = torch.isfinite(source[row]).logical_not_()
                 found = int(bad.sum())
                 if found and not count:
-                    first = row * weight.shape[1] + int(bad.byte().argmax())
+                    at = batch.slabs[0].first_row + row
+                    first = at * weight.shape[1] + int(bad.byte().argmax())
                 count += found
         if not count:
             return

@@ -4,7 +4,6 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +11,8 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _SYNC_WAIT_BEFORE, _SYNC_WRITE, _SYNC_WAIT_AFTER = 1, 2, 4
 _MAP_FAILED = ctypes.c_void_p(-1).value
+_LOW_BIT = bytes(value & 1 for value in range(256))
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def may_have_gpu() -> bool:
@@ -24,8 +25,7 @@ def exchange(one: Path, other: Path) -> None:
 
     Raises OSError; both are then where they were.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    renameat2 = getattr(libc, "renameat2", None)
+    renameat2 = getattr(_LIBC, "renameat2", None)
     if renameat2 is not None:
         first, second = os.fsencode(one), os.fsencode(other)
         if renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
@@ -58,7 +58,7 @@ def reserve(descriptor: int, path: Path, size: int) -> None:
     A RAM disk would zero the memory, only for it to be written again, and a file system without the
     call would have glibc write to every page. Raises OSError.
     """
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    fallocate = getattr(_LIBC, "fallocate", None)
     if fallocate is not None and size and not is_memory_backed(path):
         length = ctypes.c_int64(size)
         if fallocate(descriptor, 0, ctypes.c_int64(0), length) == 0:
@@ -102,7 +102,7 @@ def finish_writing(descriptor: int, offset: int, length: int) -> None:
 
 def _sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> bool:
     """False where there is no such call, or the file system has none. Raises OSError."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    call = getattr(_LIBC, "sync_file_range", None)
     if call is None:
         return False
     if call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), flags) == 0:
@@ -113,21 +113,28 @@ def _sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> b
     raise OSError(code, os.strerror(code))
 
 
+def never_read_ahead(descriptor: int) -> None:
+    """Reads no more of a file than is asked for by this descriptor."""
+    with suppress(OSError):  # advice as well
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+
 def drop_cached(descriptor: int, offset: int, length: int) -> None:
     """Gives back the clean pages of a range of a file; of all that follows where `length` is 0."""
     with suppress(OSError):  # it is advice, and a file system may take none
         os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
-def cached_pages(descriptor: int, offset: int, length: int) -> Sequence[int]:
-    """For each page of a range of a file, an odd number if it is in memory already.
+def cached_pages(descriptor: int, offset: int, length: int) -> bytes:
+    """For each page of a range of a file, 1 if it is in memory already, else 0.
 
-    `offset` is a multiple of the page size. Where the system does not tell, every page is.
+    `offset` is a multiple of the page size. Where the system does not tell, as of files that are
+    neither ours nor ours to write, every page is.
     """
     pages = -(-length // mmap.PAGESIZE)
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    where = libc.mmap(
+    map_file = _LIBC.mmap
+    map_file.restype = ctypes.c_void_p
+    where = map_file(
         None,
         ctypes.c_size_t(length),
         mmap.PROT_READ,
@@ -139,7 +146,7 @@ def cached_pages(descriptor: int, offset: int, length: int) -> Sequence[int]:
         return b"\1" * pages
     found = (ctypes.c_ubyte * pages)()
     try:
-        told = libc.mincore(ctypes.c_void_p(where), ctypes.c_size_t(length), found) == 0
+        told = _LIBC.mincore(ctypes.c_void_p(where), ctypes.c_size_t(length), found) == 0
     finally:
-        libc.munmap(ctypes.c_void_p(where), ctypes.c_size_t(length))
-    return bytes(found) if told else b"\1" * pages
+        _LIBC.munmap(ctypes.c_void_p(where), ctypes.c_size_t(length))
+    return bytes(found).translate(_LOW_BIT) if told else b"\1" * pages

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -110,13 +111,24 @@ class _WriteBehind:
             self._bytes += length
             if self._bytes < _BURST:
                 return
-            burst, self._gathered, self._bytes = self._gathered, [], 0
+            burst, self._gathered, self._bytes = _joined(self._gathered), [], 0
             self._under_way.append(burst)
             late = self._under_way.popleft() if len(self._under_way) > _BURSTS_AT_ONCE else []
         for range_ in burst:
             start_writing(self._descriptor, *range_)
         for range_ in late:
             finish_writing(self._descriptor, *range_)
+
+
+def _joined(ranges: Ranges) -> Ranges:
+    """The same bytes in as few ranges as can be: those of neighbouring layers touch."""
+    joined: Ranges = []
+    for offset, length in sorted(ranges):
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
+        else:
+            joined.append((offset, length))
+    return joined
 
 
 class CheckpointWriter:
@@ -153,7 +165,8 @@ class CheckpointWriter:
 
     def __exit__(self, *error: object) -> None:
         for file in self._open.values():
-            os.close(file.descriptor)
+            with suppress(OSError):  # it is given up anyway
+                os.close(file.descriptor)
         self._open.clear()
         self._directory.__exit__(*error)
 
@@ -270,19 +283,26 @@ class CheckpointWriter:
                 _write_file(self._directory.work / INDEX_NAME, index_bytes(self._files))
             text = json.dumps(config, indent=2) + "\n"
             _write_file(self._directory.work / "config.json", text.encode())
+            self._give_back()
             self._directory.publish()
+
+    def _give_back(self) -> None:
+        """Frees the pages of the files, which the check read into memory again."""
+        for plan in () if self._in_memory else self._files:
+            with (self._directory.work / plan.name).open("rb") as stream:
+                drop_cached(stream.fileno(), 0, 0)
 
     def _check_whole(self, plan: OutputFile) -> None:
         """Every planned byte written, and a file that the reference parser reads."""
         if plan.name not in self._sealed:
             raise OutputError(f"{plan.name}: tensors are missing: not every planned byte came")
-        with (self._directory.work / plan.name).open("rb") as stream:
+        with (
+            (self._directory.work / plan.name).open("rb") as stream,
             # By descriptor: the reference library takes no path that is not UTF-8.
-            with safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened:
-                if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
-                    raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
-            if not self._in_memory:
-                drop_cached(stream.fileno(), 0, 0)  # the library maps it, and the system reads on
+            safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened,
+        ):
+            if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
+                raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
 
 
 _SIDE_CHUNK = 1 << 20

@@ -28,7 +28,7 @@ from fp8stream.memory import MIB, PeakMeter, Workspace
 from fp8stream.output import MARKER
 from fp8stream.plan import LayerPlan, Plan, Resources, Task, plan_quantization, take_turns
 from fp8stream.policy import Patterns
-from fp8stream.reader import ShardReader
+from fp8stream.reader import Reader, ShardReader
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.stream import Worker, stream_layers
 from fp8stream.system import cached_pages, drop_cached, is_memory_backed
@@ -588,7 +588,7 @@ def test_a_device_that_does_everything_at_the_last_moment_gives_the_same_bytes(
 
 
 def test_small_layers_are_launched_together(tmp_path: Path) -> None:
-    """As many rows as a slab takes, of as many layers as it takes: Qwen3-30B-A3B has 18,867."""
+    """As many rows as a slab takes, of as many layers as a task has: Qwen3-30B-A3B has 18,867."""
     tensors = {
         f"model.layers.{layer}.mlp.{leaf}.weight": torch.full((64, 64), layer / 50)
         for layer in range(50)
@@ -600,26 +600,84 @@ def test_small_layers_are_launched_together(tmp_path: Path) -> None:
     row = 64 * 4
     batches = [batch for task in plan.tasks for batch in task.batches(10 * 64 * row)]
     assert sum(len(batch.slabs) for batch in batches) == 150
-    assert len(batches) == 15
-    assert all(batch.rows == 640 and batch.nbytes == 640 * row for batch in batches)
+    assert len(batches) < 25
+    assert max(batch.rows for batch in batches) == 640
+    assert all(batch.nbytes == batch.rows * row <= 640 * row for batch in batches)
 
 
 @schemes
-def test_tasks_hold_every_layer_once_and_large_ones_come_first(
-    tmp_path: Path, scheme: Scheme
+def test_tasks_hold_every_layer_once_and_few_files_are_open(
+    tmp_path: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = llama_tensors(hidden=512, inter=1400, kv=256, layers=3) | lone(1400, 512)
+    """Whatever is large, a file is begun only when an earlier one is done."""
+    monkeypatch.setattr(plan_module, "_LARGE", 10**5)
+    monkeypatch.setattr(plan_module, "_LAYERS_A_TASK", 1)
+    tensors = llama_tensors(hidden=256, inter=512, kv=256, layers=12) | lone(1400, 512)
     source = write_checkpoint(tmp_path / "in", tensors, shards=2)
-    resources = Resources(64 * MIB, 2, 2 * 10**6)
+    resources = Resources(64 * MIB, 1, 4 * 10**5)
     plan = plan_quantization(open_checkpoint(source), scheme, Patterns(), resources)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "_LARGE", 10**6)
-        tasks = plan.tasks
-    layers = [layer for task in tasks for layer in task.layers]
+    layers = [layer for task in plan.tasks for layer in task.layers]
     assert sorted(layer.name for layer in layers) == sorted(layer.name for layer in plan.layers)
-    sizes = [layer.nbytes // 10**6 for layer in layers]
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(len(task.layers) == 1 for task in tasks if task.shares_scale)
+    assert all(len(task.layers) == 1 for task in plan.tasks if task.shares_scale)
+    opened: list[int] = []
+    claim = CheckpointWriter._claim
+
+    def count_open(self: CheckpointWriter, *arguments: Any) -> Any:
+        claimed = claim(self, *arguments)
+        opened.append(len(self._open))
+        return claimed
+
+    monkeypatch.setattr(CheckpointWriter, "_claim", count_open)
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        list(stream_layers(open_checkpoint(source), plan, writer, [CPU]))
+    assert len(plan.files) > 12
+    assert 1 < max(opened) <= 8
+
+
+def test_very_many_small_layers_stay_within_the_plan(tmp_path: Path) -> None:
+    """What is remembered of layers that were begun is no buffer, and must not need to be one."""
+    tensors = {
+        f"model.layers.{layer}.mlp.up_proj.weight": torch.ones(64, 64, dtype=torch.bfloat16)
+        for layer in range(3000)
+    } | {"model.embed_tokens.weight": torch.zeros(8, 64)}
+    source = write_checkpoint(tmp_path / "in", tensors)
+    checkpoint = open_checkpoint(source)
+    resources = Resources(32 * MIB, 8, 10**9)
+    plan = plan_quantization(checkpoint, Scheme(), Patterns(), resources)
+    assert plan.layers_quantized == 3000
+    assert max(len(task.layers) for task in plan.tasks) <= 32
+    with CheckpointWriter(tmp_path / "out", plan.files) as writer, PeakMeter(0.002) as meter:
+        list(stream_layers(checkpoint, plan, writer, [CPU]))
+    assert meter.peak.anonymous - meter.baseline.anonymous < plan.workspace.total_bytes + 12 * MIB
+
+
+def test_a_second_pass_finds_what_the_first_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor scales read twice: pages are given back behind the second time alone."""
+    given_back = read = 0
+    give_back, read_runs = ShardReader.give_back, ShardReader.read_runs
+
+    def count_given(self: ShardReader, offset: int, length: int) -> None:
+        nonlocal given_back
+        given_back += length
+        give_back(self, offset, length)
+
+    def count_read(self: ShardReader, buffer: memoryview, *arguments: Any) -> None:
+        nonlocal read
+        read += len(buffer)
+        read_runs(self, buffer, *arguments)
+
+    monkeypatch.setattr(Reader, "give_back", lambda self: None)
+    monkeypatch.setattr(ShardReader, "give_back", count_given)
+    monkeypatch.setattr(ShardReader, "read_runs", count_read)
+    tensors = llama_tensors(hidden=1024, inter=2048, kv=1024, dtype=torch.float32)
+    source = write_checkpoint(tmp_path / "in", tensors)
+    plan = convert(source, tmp_path / "out", Scheme(Granularity.TENSOR), threads=1)
+    once = sum(tensor.spec.nbytes for tensor in plan.tensors)
+    kept = sum(tensor.spec.nbytes for tensor in plan.tensors if not tensor.granularity)
+    assert given_back == once
+    assert read == plan.bytes_read - kept > once
 
 
 def test_groups_take_turns_a_few_at_a_time() -> None:
@@ -692,7 +750,7 @@ def test_pages_that_we_brought_in_are_given_back_and_others_stay(
                 opened.read()
     assert cached_share(files) == warm
     convert(source, tmp_path / "out", Scheme(), max_shard_size=2 * 10**7)
-    assert cached_share(files) == pytest.approx(float(warm), abs=0.02)
+    assert cached_share(files) == pytest.approx(float(warm), abs=0.06)
     assert cached_share((tmp_path / "out").glob("*.safetensors")) < 0.05
 
 

@@ -1,6 +1,5 @@
 """The calls that Python lacks, and what stands in for them."""
 
-import ctypes
 import errno
 import os
 from pathlib import Path
@@ -22,7 +21,7 @@ def directories(
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
     if request.param == "no renameat2":
-        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+        monkeypatch.setattr(system, "_LIBC", NoCalls())
     return tmp_path / "one", tmp_path / "other"
 
 
@@ -46,7 +45,7 @@ def test_an_exchange_that_fails_leaves_both_where_they_were(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+    monkeypatch.setattr(system, "_LIBC", NoCalls())
     with pytest.raises(OSError, match="Permission denied"):
         system.exchange(one, other)
     assert os.listdir(one) == ["one"]
@@ -58,7 +57,7 @@ def test_reserved_files_have_their_size(tmp_path: Path, monkeypatch: pytest.Monk
         with (tmp_path / name).open("wb") as stream:
             system.reserve(stream.fileno(), tmp_path / name, 10_000)
         assert (tmp_path / name).read_bytes() == bytes(10_000)
-        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+        monkeypatch.setattr(system, "_LIBC", NoCalls())
 
 
 def test_a_disk_that_is_too_small_says_so_when_space_is_reserved(tmp_path: Path) -> None:
@@ -90,7 +89,7 @@ def test_what_is_written_may_be_hurried(
     tmp_path: Path, calls: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if calls == "none":
-        monkeypatch.setattr(ctypes, "CDLL", lambda *a, **k: NoCalls())
+        monkeypatch.setattr(system, "_LIBC", NoCalls())
     with (tmp_path / "file").open("wb", buffering=0) as stream:
         stream.write(bytes(10_000))
         system.start_writing(stream.fileno(), 0, 10_000)

@@ -98,7 +98,7 @@ def streamed(case: Case, dtype: str, first_row: int, rows: int, directory: Path)
     slot = Lane(Workspace(1, room, room, 1), torch.device("cpu")).take()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        shard = ShardReader(descriptor, path, path.name, ())
+        shard = ShardReader(descriptor, path, path.name, b"")
         shard.read_runs(slot.source_bytes[: slab.nbytes], slab.runs, slab.weight.spec)
     finally:
         os.close(descriptor)
