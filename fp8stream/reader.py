@@ -9,7 +9,9 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import groupby
 from mmap import PAGESIZE
+from operator import itemgetter
 from pathlib import Path
 
 from fp8stream.errors import CheckpointError
@@ -122,14 +124,13 @@ class ShardReader:
         if not length:
             return
         first, last = offset // _WINDOW, -(-(offset + length) // _WINDOW)
-        cold = [not warm for warm in self._warm[first:last]]
-        if cold and all(cold):
-            drop_cached(self.descriptor, offset, length)
-            return
-        for window, is_cold in enumerate(cold, start=first):
-            if is_cold:
-                begin, end = window * _WINDOW, (window + 1) * _WINDOW
-                begin, end = max(begin, offset), min(end, offset + length)
+        windows = enumerate(self._warm[first:last], start=first)
+        # Neighbours together: pages may be larger than a window, and go as a whole or not at all.
+        for warm, group in groupby(windows, key=itemgetter(1)):
+            if not warm:
+                together = [window for window, _ in group]
+                begin = max(offset, together[0] * _WINDOW)
+                end = min(offset + length, (together[-1] + 1) * _WINDOW)
                 drop_cached(self.descriptor, begin, end - begin)
 
     def read_into(self, buffer: memoryview, offset: int, name: str) -> None:

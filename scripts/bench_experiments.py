@@ -61,6 +61,7 @@ from bench_report import (
     print_startup,
     print_state,
     print_sweep,
+    print_table_of,
 )
 from make_layers import GB, Recipe, Shape
 
@@ -405,6 +406,12 @@ def figure(options: argparse.Namespace) -> Record:
     options.svg.write_text(draw(results, options.state))
     print(options.svg)
     return {"svg": str(options.svg), "results": list(map(str, options.results))}
+
+
+def table(options: argparse.Namespace) -> Record:
+    """Saved results as one table."""
+    print_table_of([json.loads(path.read_text()) for path in options.results])
+    return {"results": list(map(str, options.results))}
 
 
 def header(options: argparse.Namespace, bench: Bench) -> Record:

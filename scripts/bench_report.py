@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from bench_contest import (
@@ -204,3 +205,43 @@ def print_startup(rows: Sequence[Record]) -> None:
         if "first_byte_seconds" in row["summary"]:
             lines.append(["  to the first byte", f"{spread(row, 'first_byte_seconds'):.3f}"])
     print_table(lines)
+
+
+def print_table_of(documents: Sequence[Record]) -> None:
+    """What `--save` kept, as one table in Markdown: a line a contestant, its command beside it."""
+    print("| | what | seconds | GB/s | peak MB | planned MB | made by |")
+    print("|---|---|---|---|---|---|---|")
+    for document in documents:
+        states = document.get("states", {document.get("state", ""): document})
+        for state, found in states.items():
+            for row in found["rows"]:
+                print(_markdown(document, state, row))
+            for limit in found.get("limits", ()):
+                print(_markdown_limit(document, state, limit))
+
+
+def _markdown(document: Record, state: str, row: Record) -> str:
+    planned = row.get("planned_peak_bytes")
+    seconds = "seconds" if "seconds" in row["summary"] else "wall_seconds"
+    cells = [
+        f"{document['bench']} {state}".strip(),
+        row["name"],
+        f"{spread(row, seconds):.2f}",
+        f"{row['gb_per_second']:.2f}" if "gb_per_second" in row else "",
+        f"{spread(row, 'peak_bytes', 1e6).median:.0f}" if "peak_bytes" in row["summary"] else "",
+        "" if planned is None else f"{planned / 1e6:.0f}",
+        f"`{_shown(document)}`",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _markdown_limit(document: Record, state: str, limit: Record) -> str:
+    what = f"limit of {count(limit['threads'], 'thread')}: {limit['share']:.0%} reached, "
+    what += f"{limit['binding']} binds"
+    head = f"{document['bench']} {state}"
+    return f"| {head} | {what} | {limit['seconds']:.2f} | | | | `{_shown(document)}` |"
+
+
+def _shown(document: Record) -> str:
+    """The command, without where its result was kept."""
+    return re.sub(r" --(save|keep)( \S+\.json)?", "", str(document["command"]))
