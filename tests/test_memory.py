@@ -112,11 +112,12 @@ def test_a_gpus_memory_is_counted_as_torch_takes_it() -> None:
 
 def test_the_meter_sees_a_peak_that_is_gone_at_the_end() -> None:
     with PeakMeter(interval=0.001) as meter:
-        block = torch.ones(32 * MIB, dtype=torch.uint8)
+        # More than the C library would keep for the next one to ask.
+        block = torch.ones(64 * MIB, dtype=torch.uint8)
         time.sleep(0.05)
         del block
     grown = meter.peak.anonymous - meter.baseline.anonymous
-    assert 32 * MIB <= grown <= 40 * MIB
+    assert 64 * MIB <= grown <= 72 * MIB
 
 
 def test_usage_is_that_of_the_kernel() -> None:
