@@ -24,6 +24,7 @@ import click
 from fp8stream import __version__
 from fp8stream.advice import kept_bytes
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
+from fp8stream.clock import Clock
 from fp8stream.errors import (
     CheckpointError,
     DeviceError,
@@ -373,7 +374,6 @@ class _Job:
     def run(self, output: str, progress: "Progress") -> Result:
         import torch
 
-        from fp8stream.clock import Clock
         from fp8stream.device import device_peak, warm_up
         from fp8stream.stream import stream_layers
         from fp8stream.writer import CheckpointWriter

@@ -133,6 +133,8 @@ def _segment(size: int) -> int:
 _SMALL_SEGMENTS = 4 * MIB
 # Torch has 32 streams to give away on a device, and a worker takes three.
 _WORKERS_A_GPU = 8
+# After so many nothing of any size above is left, and rows alone decide.
+_MOST_HALVINGS = 63
 
 
 def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0) -> Workspace:
@@ -141,19 +143,19 @@ def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0)
     Raises BudgetError, naming the least that works, when not even one worker fits.
     """
     sizes = ON_GPU if gpus else ON_CPU
-    least = _smallest(demand, sizes, gpus)
-    if least.total_bytes > budget:
+    least = _workspace(demand, sizes, 1, gpus, _MOST_HALVINGS).total_bytes
+    if least > budget:
         raise BudgetError(
             f"--memory-budget {format_size(budget)} is too small for this checkpoint: its widest "
-            f"rows need {format_size(least.total_bytes)}; give at least "
-            f"{-(-least.total_bytes // MIB)}MiB"
+            f"rows need {format_size(least)}; give at least {-(-least // MIB)}MiB"
         )
     # Two for each GPU, so that one's reading overlaps the other's writing.
     wanted = min(max(threads, 2 * gpus), demand.layers)
     if gpus:
         wanted = min(wanted, _WORKERS_A_GPU * gpus)
-    workers = max(1, min(wanted, budget // max(least.total_bytes, sizes.share)))
-    smaller = (_workspace(demand, sizes, workers, gpus, halvings) for halvings in range(64))
+    workers = max(1, min(wanted, budget // max(least, sizes.share)))
+    halvings = range(_MOST_HALVINGS + 1)
+    smaller = (_workspace(demand, sizes, workers, gpus, times) for times in halvings)
     return next(space for space in smaller if space.total_bytes <= budget)
 
 
@@ -164,10 +166,6 @@ def _workspace(
     codes = _aligned(slab // demand.itemsize)
     scratch = max(demand.row_elements, SMALLEST_SCRATCH, sizes.scratch_elements >> halvings)
     return Workspace(workers, slab, codes, scratch, sizes.slots, gpus)
-
-
-def _smallest(demand: SlabDemand, sizes: BufferSizes, gpus: int) -> Workspace:
-    return _workspace(demand, sizes, 1, gpus, 63)
 
 
 @dataclass(frozen=True)
