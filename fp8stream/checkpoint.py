@@ -96,6 +96,11 @@ class Checkpoint:
         return _quantized_as(self.config, self.tensors)
 
 
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """`config` as the content of a config.json."""
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads the headers of the checkpoint at `path`: a directory or one `.safetensors` file.
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,15 +26,18 @@ from fp8stream.advice import kept_bytes
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
 from fp8stream.errors import (
+    BudgetError,
     CheckpointError,
     DeviceError,
+    DeviceMemoryError,
     Fp8StreamError,
     OutputError,
     SchemeError,
 )
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
-from fp8stream.memory import PeakMeter, format_size, parse_size
-from fp8stream.output import check_output
+from fp8stream.journal import Fingerprint, fingerprint
+from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
+from fp8stream.output import OutputDirectory, check_output, unfinished_run
 from fp8stream.parallel import edges
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
@@ -211,7 +214,7 @@ def inspect(
         raise click.UsageError("--filter and --sort go with --tensors")
     checkpoint = open_checkpoint(source)
     resources = Resources(parse_size(DEFAULT_BUDGET), _cores(), parse_size(DEFAULT_SHARD_SIZE))
-    plan = _plan(checkpoint, resources, **options)
+    plan = _asked(**options).plan(checkpoint, resources)
     if ranks:
         cut = map(str, edges(plan, Config(checkpoint.config), ranks))
         plan = replace(plan, warnings=(*plan.warnings, *cut))
@@ -264,9 +267,15 @@ def inspect(
     is_flag=True,
     help="Replace an existing checkpoint OUTPUT, and all that is in it, once the new one is whole.",
 )
+@click.option(
+    "--restart", is_flag=True, help="Discard an unfinished run to OUTPUT instead of going on."
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
 @click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+@click.pass_obj
 def quantize(
+    notes: list[str],
+    /,
     source: str,
     output: str,
     device: str,
@@ -275,6 +284,7 @@ def quantize(
     threads: int | None,
     dry_run: bool,
     overwrite: bool,
+    restart: bool,
     as_json: bool,
     no_progress: bool,
     **options: Any,
@@ -282,7 +292,8 @@ def quantize(
     """Write SOURCE, quantized to FP8, as the new directory OUTPUT, and print its path.
 
     SOURCE is a checkpoint directory or one .safetensors file with its config.json beside it.
-    OUTPUT appears in one step when it is whole; SOURCE is never touched.
+    OUTPUT appears in one step when it is whole; SOURCE is never touched. A run that was stopped,
+    however it was, goes on when the same command is given again.
 
     \b
     Example:
@@ -292,21 +303,27 @@ def quantize(
     """
     checkpoint = open_checkpoint(source)
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
-    plan = _plan(checkpoint, resources, **options)
+    asked = _asked(**options)
+    plan = asked.plan(checkpoint, resources)
+
+    def now() -> Fingerprint:
+        return fingerprint(checkpoint, plan, asked.options(max_shard_size))
+
     if dry_run:
         # A plan for the CPU is a plan already: torch takes longer to load than everything before.
         if device != "cpu" and (device != "auto" or may_have_gpu()):
             plan, _ = _for_device(plan, resources, device)
         _dry_run(checkpoint, plan, as_json)
         with _complaining():
-            _check(checkpoint, plan, Path(output), overwrite)
+            target = _check(checkpoint, plan, Path(output), overwrite)
+            _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
-    plan, found = _for_device(plan, resources, device)
-    _warn(plan.warnings)
-    job = _Job(checkpoint, plan, found, target, overwrite)
-    with closing(_progress(plan.bytes_read, no_progress)) as progress:
-        result = job.run(output, progress)
+    with _kept_on_failure(OutputDirectory(target, now(), overwrite, restart), notes) as directory:
+        plan, found = _for_device(plan, resources, device)
+        _warn(plan.warnings)
+        job = _Job(checkpoint, plan, resources, found, directory)
+        result = job.run(output, no_progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
     with _stdout():
@@ -361,63 +378,145 @@ def _for_device(
     return (plan.with_resources(replace(resources, gpus=gpus)) if gpus else plan), devices
 
 
+@contextmanager
+def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
+    """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
+    with directory:
+        try:
+            yield directory
+        except BaseException:
+            if directory.kept:
+                notes.append(
+                    f"what is done is kept in {directory.work}: the same command goes on, "
+                    "--restart discards it"
+                )
+            raise
+
+
 @dataclass(frozen=True)
 class _Job:
     """One conversion, measured."""
 
     checkpoint: Checkpoint
     plan: Plan
+    resources: Resources
     devices: "tuple[torch.device, ...]"
-    target: Path
-    overwrite: bool
+    directory: OutputDirectory
 
-    def run(self, output: str, progress: "Progress") -> Result:
+    def run(self, output: str, no_progress: bool) -> Result:
+        """Converts what is not on disk yet, with smaller buffers where memory runs out."""
+        if self.directory.in_place:
+            return self._result(output, 0.0, 0, len(self.plan.layers), MemoryUsage.now())
+        try:
+            return self._convert(output, no_progress)
+        except DeviceMemoryError as error:
+            smaller = self._smaller(error)
+        _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
+        return smaller.run(output, no_progress)
+
+    def _smaller(self, error: DeviceMemoryError) -> "_Job":
+        """The same job with half the memory. Raises DeviceError where that is too little."""
+        budget = self.plan.workspace.total_bytes // 2
+        try:
+            resources = replace(self.resources, memory_budget=budget)
+            return replace(self, plan=self.plan.with_resources(resources), resources=resources)
+        except BudgetError:
+            raise DeviceError(
+                f"--device {self.devices[0]}: out of memory with the smallest buffers that work "
+                f"({format_size(2 * budget)}); free some, or use another device"
+            ) from error
+
+    def _convert(self, output: str, no_progress: bool) -> Result:
         import torch
 
-        from fp8stream.device import device_peak, warm_up
+        from fp8stream.device import running_out_of_memory, warm_up
         from fp8stream.stream import stream_layers
         from fp8stream.writer import CheckpointWriter
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
         start, clock = time.perf_counter(), Clock()
-        _ = self.plan.tasks  # part of the plan, not of what the run needs
-        try:
+        done = self.directory.done(len(self.plan.layers))
+        tasks = self.plan.tasks(done)
+        with running_out_of_memory():
             warm_up(self.devices)
-            with (
-                CheckpointWriter(self.target, self.plan.files, self.overwrite) as writer,
-                PeakMeter() as meter,
-            ):
-                writer.copy_side_files(self.checkpoint)
-                layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock)
-                with closing(layers):
-                    read = 0
-                    for done in layers:
-                        read += done.bytes_read
-                        progress(done)
-                meter.sample()
-                _stop_listening()
-                writer.commit(self.plan.config)
-        except torch.cuda.OutOfMemoryError as error:
-            raise DeviceError(
-                f"--device {self.devices[0]}: out of memory; give a smaller --memory-budget, or "
-                "free the device"
-            ) from error
+        with (
+            closing(self._progress(done, no_progress)) as progress,
+            CheckpointWriter(self.directory, self.plan.files, self.plan.written(done)) as writer,
+            PeakMeter() as meter,
+        ):
+            writer.copy_side_files(self.checkpoint)
+            layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock, tasks)
+            with closing(layers):
+                read = 0
+                for layer in layers:
+                    read += layer.bytes_read
+                    progress(layer)
+            meter.sample()
+            _stop_listening()
+            writer.commit(self.plan.config)
+        seconds = time.perf_counter() - start
+        return self._result(output, seconds, read, len(done), meter.peak, meter.baseline, clock)
+
+    def _progress(self, done: Set[int], hidden: bool) -> "Progress":
+        slab = self.plan.workspace.slab_bytes
+        there = sum(self.plan.layers[number].bytes_read(slab) for number in done)
+        if done and not hidden:
+            share = 100 * there / max(1, self.plan.bytes_read)
+            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
+        return _progress(self.plan.bytes_read, there, hidden)
+
+    def _result(
+        self,
+        output: str,
+        seconds: float,
+        read: int,
+        there: int,
+        peak: MemoryUsage,
+        baseline: MemoryUsage | None = None,
+        clock: Clock | None = None,
+    ) -> Result:
+        from fp8stream.device import device_peak
+
         return Result(
             output,
-            time.perf_counter() - start,
+            seconds,
             read,
             self.plan.bytes_written,
-            meter.peak,
-            meter.baseline,
+            there,
+            peak,
+            baseline or peak,
             device_peak(self.devices),
-            clock,
+            clock or Clock(),
         )
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    resources: Resources,
+@dataclass(frozen=True)
+class _Asked:
+    """What `quantize` and `inspect` share the options of: what would be done."""
+
+    scheme: Scheme
+    patterns: Patterns
+    experts: ExpertOptions
+
+    def plan(self, checkpoint: Checkpoint, resources: Resources) -> Plan:
+        return plan_quantization(checkpoint, self.scheme, self.patterns, resources, self.experts)
+
+    def options(self, max_shard_size: int) -> dict[str, Any]:
+        """The options that change the bytes of an output, as a fingerprint holds them."""
+        layout = self.experts.layout
+        return {
+            "--scheme": self.scheme.granularity.value,
+            "--format": self.scheme.format.value,
+            "--ignore": sorted({*self.patterns.ignore}),
+            "--include": sorted({*self.patterns.include}),
+            "--experts": self.experts.form.value,
+            "--expert-layout": layout.value if layout else None,
+            "--max-shard-size": max_shard_size,
+        }
+
+
+def _asked(
     *,
     scheme: str,
     output_format: str,
@@ -426,15 +525,13 @@ def _plan(
     ignore_from: TextIO | None,
     experts: str,
     expert_layout: str | None,
-) -> Plan:
-    """The plan that `quantize` and `inspect` share the options of. Reads `--ignore-from`."""
+) -> _Asked:
+    """What the options mean. Reads `--ignore-from`."""
     lines = _lines_of(ignore_from) if ignore_from else ()
     listed = (line for line in lines if line and not line.startswith("#"))
-    return plan_quantization(
-        checkpoint,
+    return _Asked(
         Scheme(Granularity(scheme), OutputFormat(output_format)),
         Patterns((*ignore, *listed), tuple(include)),
-        resources,
         ExpertOptions(ExpertForm(experts), ExpertLayout(expert_layout) if expert_layout else None),
     )
 
@@ -470,10 +567,14 @@ def _stdout() -> Iterator[None]:
         raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
-def _warn(warnings: Sequence[str]) -> None:
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        _tell(f"warning: {warning}")
+
+
+def _tell(text: str) -> None:
     with suppress(OSError):
-        for warning in warnings:
-            click.echo(f"warning: {escape(warning)}", err=True)
+        click.echo(escape(text), err=True)
 
 
 def _cores() -> int:
@@ -493,11 +594,12 @@ class Progress:
 class _Bar(Progress):
     """A bar on a terminal."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, there: int) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(
             total=total,
+            initial=there,
             unit="iB",
             unit_scale=True,
             unit_divisor=1024,
@@ -518,8 +620,9 @@ class _Bar(Progress):
 class _Lines(Progress):
     """A plain line now and then, where there is no terminal."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, there: int) -> None:
         self._total = total
+        self._there = there
         self._done = 0
         self._start = self._last = time.monotonic()
 
@@ -530,20 +633,19 @@ class _Lines(Progress):
             return
         self._last = now
         rate = self._done / (now - self._start)
-        left = (self._total - self._done) / rate
-        with suppress(OSError):
-            click.echo(
-                f"{100 * self._done / self._total:.0f} %: {format_size(self._done)} of "
-                f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left, "
-                f"{escape(done.name)}",
-                err=True,
-            )
+        reached = self._there + self._done
+        left = (self._total - reached) / rate
+        _tell(
+            f"{100 * reached / self._total:.0f} %: {format_size(reached)} of "
+            f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left, {done.name}"
+        )
 
 
-def _progress(total: int, hidden: bool) -> Progress:
+def _progress(total: int, there: int, hidden: bool) -> Progress:
+    """For a run of `total` bytes, `there` of which an earlier one has read."""
     if hidden:
         return Progress()
-    return _Bar(total) if sys.stderr.isatty() else _Lines(total)
+    return _Bar(total, there) if sys.stderr.isatty() else _Lines(total, there)
 
 
 class _Signalled(BaseException):
@@ -557,15 +659,17 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _StopOnce:
-    """Raises at the first signal. A second would break off the clean-up that the first started."""
+    """Raises at the first signal. A second ends the process at once: whatever a run has on record
+    outlives that as it does a power cut."""
 
     def __init__(self) -> None:
         self._stopping = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if not self._stopping:
-            self._stopping = True
-            raise _Signalled(number)
+        if self._stopping:
+            os._exit(128 + number)
+        self._stopping = True
+        raise _Signalled(number)
 
 
 def _listen() -> None:
@@ -616,9 +720,10 @@ def run() -> NoReturn:
 def _run(arguments: list[str]) -> int:
     # A plan is many small objects and no garbage: looking for it took half the time of inspect.
     gc.set_threshold(200_000, 50, 100)
+    notes: list[str] = []
     try:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
-        with cli.make_context("fp8stream", arguments) as context:
+        with cli.make_context("fp8stream", arguments, obj=notes) as context:
             cli.invoke(context)
     except _ReaderLeft:
         return 0
@@ -630,19 +735,21 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except _Signalled as signalled:
         name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
-        return _failed(name, 128 + signalled.number)
+        return _failed([name, *notes], 128 + signalled.number)
     except Fp8StreamError as error:
-        return _failed(str(error), 1)
+        return _failed([str(error), *notes], 1)
     except MemoryError:
-        return _failed("out of memory; give a smaller --memory-budget, or fewer --threads", 1)
+        what = "out of memory; give a smaller --memory-budget, or fewer --threads"
+        return _failed([what, *notes], 1)
     except Exception as error:
-        return _failed(f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where", 1)
+        what = f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where"
+        return _failed([what, *notes], 1)
     return 0
 
 
-def _failed(message: str, code: int) -> int:
-    with suppress(OSError):
-        if os.environ.get("FP8STREAM_DEBUG") == "1":
+def _failed(messages: Iterable[str], code: int) -> int:
+    if os.environ.get("FP8STREAM_DEBUG") == "1":
+        with suppress(OSError):
             traceback.print_exc()
-        click.echo(f"fp8stream: {escape(' '.join(message.splitlines()))}", err=True)
+    _tell(f"fp8stream: {' '.join('; '.join(messages).splitlines())}")
     return code

@@ -8,13 +8,14 @@ one slot is read into while the other is on the device.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fp8stream.errors import DeviceError
+from fp8stream.errors import DeviceError, DeviceMemoryError
 from fp8stream.fp8 import Quantizer, is_finite
 from fp8stream.memory import SMALLEST_SCRATCH, Workspace
 from fp8stream.plan import Batch
@@ -181,6 +182,19 @@ def open_lane(workspace: Workspace, device: torch.device) -> Lane:
         return Lane(workspace, device)
     torch.cuda.set_device(device)  # or pinned memory would belong to the first one
     return Lane(workspace, device, [CudaStream(device) for _ in range(3)])
+
+
+@contextmanager
+def running_out_of_memory() -> Iterator[None]:
+    """Turns what torch and Python say of too little memory into a DeviceMemoryError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Torch has a class for the device's memory; of the host's, pinned or not, the text tells.
+        told = ("out of memory", "allocate memory", "not enough memory")
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in told):
+            raise DeviceMemoryError("out of memory") from error
+        raise
 
 
 def find_devices(name: str) -> tuple[torch.device, ...]:

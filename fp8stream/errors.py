@@ -6,6 +6,7 @@
     ├── WeightError       values that have no FP8 form: NaN or infinity
     ├── BudgetError       less memory than the least that can work
     ├── DeviceError       the device that was asked for is not there, or ran out of memory
+    │   └── DeviceMemoryError   smaller buffers may do
     └── OutputError       the output cannot be written where it was asked for
 
 A message is one line: what is wrong, where (file, tensor), what was expected and found, and what to
@@ -35,6 +36,10 @@ class BudgetError(Fp8StreamError):
 
 class DeviceError(Fp8StreamError):
     """The device that was asked for is not there, or ran out of memory."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device, or the host, ran out of memory: smaller buffers may do."""
 
 
 class OutputError(Fp8StreamError):

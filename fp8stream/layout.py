@@ -35,6 +35,11 @@ class OutputTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes an element (the sub-byte dtypes round up)."""
+        return -(-DTYPE_BITS[self.dtype] // 8)
+
 
 class Part(Protocol):
     """What goes into a file: one or more tensors, made when they are asked for."""

@@ -7,7 +7,7 @@ follows.
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -27,7 +27,7 @@ from fp8stream.policy import Patterns, decide
 from fp8stream.roles import Classified, Role, classify, expert_module, fused_set, is_tied
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.structure import Config, Family, in_order
-from fp8stream.views import Runs
+from fp8stream.views import Runs, View
 from fp8stream.weights import Kept, Kind, LinearLayers, StackedExperts, Treatment, WeightPlan
 
 _METADATA = {"format": "pt", "fp8stream": __version__}
@@ -151,11 +151,21 @@ class Batch:
         return sum(slab.nbytes for slab in self.slabs)
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Bytes `[begin, end)` of a tensor of the output."""
+
+    tensor: str
+    begin: int
+    end: int
+
+
 @dataclass(frozen=True)
 class LayerPlan:
     """The smallest closure that is worked on alone: a module's tensors, or those of the modules of
-    a fused set where one scale serves them all."""
+    a fused set where one scale serves them all. Its `number` is its place in the plan."""
 
+    number: int
     name: str
     weights: list[WeightPlan]
     kept: list[TensorPlan]
@@ -184,6 +194,15 @@ class LayerPlan:
         """The name of the first tensor that is written for the layer."""
         return self.weights[0].codes.name if self.weights else self.kept[0].spec.name
 
+    def written(self) -> Iterator[Written]:
+        """Everything that is written for the layer."""
+        for tensor in self.kept:
+            yield Written(tensor.spec.name, 0, tensor.spec.nbytes)
+        for weight in self.weights:
+            yield from _pieces(weight.codes, weight.codes_at, weight.shape)
+            *height, width = weight.granularity.scale_shape(weight.shape)
+            yield from _pieces(weight.scales, weight.scales_at, (math.prod(height), width))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's tensors."""
@@ -196,6 +215,14 @@ class LayerPlan:
         grids = (math.prod(w.granularity.scale_shape(w.shape)) for w in self.weights)
         codes = sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
         return kept + codes + 4 * sum(grids)
+
+
+def _pieces(tensor: OutputTensor, view: View, shape: tuple[int, int]) -> Iterator[Written]:
+    """What a matrix of `shape` takes of an output tensor that it lies in."""
+    runs, itemsize = view.runs(0, *shape), tensor.itemsize
+    for run in range(runs.count):
+        begin = (runs.first + run * runs.step) * itemsize
+        yield Written(tensor.name, begin, begin + runs.length * itemsize)
 
 
 @dataclass(frozen=True)
@@ -255,9 +282,13 @@ class Plan:
         """The units of work, in the order of their first tensor."""
         return _layers(self.tensors)
 
-    @cached_property
-    def tasks(self) -> tuple[Task, ...]:
-        """The layers as workers take them: those of a few output files in turn.
+    def written(self, layers: Iterable[int]) -> Iterator[Written]:
+        """Everything that is written for the layers with these numbers."""
+        return (part for number in layers for part in self.layers[number].written())
+
+    def tasks(self, done: Set[int] = frozenset()) -> tuple[Task, ...]:
+        """The layers as workers take them, but for those that are `done`: a few output files' in
+        turn.
 
         A system writes to one file for one thread at a time. Of a file the large layers come first,
         or one that ends last would keep every other worker waiting.
@@ -265,7 +296,8 @@ class Plan:
         files = {tensor.name: file.name for file in self.files for tensor in file.tensors}
         groups: dict[str, list[LayerPlan]] = {file.name: [] for file in self.files}
         for layer in self.layers:
-            groups[files[layer.first_output]].append(layer)
+            if layer.number not in done:
+                groups[files[layer.first_output]].append(layer)
         for layers in groups.values():
             layers.sort(key=lambda layer: -(layer.nbytes // _LARGE))
         slab_bytes = self.workspace.slab_bytes
@@ -477,7 +509,7 @@ def _tasks(layers: Iterable[LayerPlan], slab_bytes: int) -> Iterator[Task]:
 def _layer(layers: dict[str, LayerPlan], name: str) -> LayerPlan:
     layer = layers.get(name)
     if layer is None:
-        layer = layers[name] = LayerPlan(name, [], [])
+        layer = layers[name] = LayerPlan(len(layers), name, [], [])
     return layer
 
 

@@ -37,12 +37,14 @@ NARROW = 130
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion did. Sizes in bytes; `device_peak` is allocated and reserved."""
+    """What a conversion did. Sizes in bytes; `device_peak` is allocated and reserved. Of the units
+    of work `layers_there` were on disk already, and what was read is what the others took."""
 
     output: str
     seconds: float
     bytes_read: int
     bytes_written: int
+    layers_there: int
     peak: MemoryUsage
     baseline: MemoryUsage
     device_peak: tuple[int, int]
@@ -117,6 +119,7 @@ def result_json(plan: Plan, result: Result) -> dict[str, Any]:
             "device_allocated_bytes": result.device_peak[0],
             "device_reserved_bytes": result.device_peak[1],
         },
+        "layers_continued": result.layers_there,
         "workers": plan.workspace.workers,
         "stages": {
             stage.value: {"busy": round(spent.busy, 3), "blocked": round(spent.blocked, 3)}
@@ -306,7 +309,7 @@ def print_result(plan: Plan, result: Result, stream: TextIO) -> None:
     planned = format_size(plan.workspace.host_bytes)
     rows = [
         ("layers", f"{plan.layers_quantized:,} quantized, {plan.layers_kept:,} kept"),
-        ("read", format_size(result.bytes_read)),
+        ("read", _read(result, len(plan.layers))),
         (
             "written",
             f"{format_size(result.bytes_written)}, {plan.bits_per_weight:.2f} bits a weight",
@@ -322,6 +325,13 @@ def print_result(plan: Plan, result: Result, stream: TextIO) -> None:
         rows.append(("  device", f"{allocated} allocated, {reserved} reserved, planned {planned}"))
     with _console(stream) as console:
         _print_rows(console, rows)
+
+
+def _read(result: Result, layers: int) -> str:
+    size = format_size(result.bytes_read)
+    if not result.layers_there:
+        return size
+    return f"{size}; {result.layers_there:,} of {layers:,} steps were done by an unfinished run"
 
 
 def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:

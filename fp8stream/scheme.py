@@ -13,6 +13,8 @@ from typing import Any
 from fp8stream.errors import SchemeError
 
 BLOCK = 128
+# The version of the numerics: another one gives other bytes of the same source.
+NUMERICS = 1
 CODE_DTYPE = "F8_E4M3"
 SCALE_DTYPE = "F32"
 

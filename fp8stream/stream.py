@@ -9,7 +9,7 @@ the others go on.
 import math
 import queue
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.clock import Clock, Stage
-from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane
+from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane, running_out_of_memory
 from fp8stream.errors import CheckpointError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
@@ -48,8 +48,10 @@ def stream_layers(
     writer: CheckpointWriter,
     devices: Sequence[torch.device],
     clock: Clock | None = None,
+    tasks: Iterable[Task] | None = None,
 ) -> Generator[LayerDone, None, None]:
-    """Converts every layer of `plan`, and yields an event as each is done, in no fixed order.
+    """Converts the layers of `tasks`, by default all of `plan`, and yields an event as each is
+    done, in no fixed order.
 
     Workers are dealt to `devices` in turn, and whoever is free takes the next layers. `clock`
     counts where the time goes. The caller commits the writer when the iteration ends. Raises the
@@ -57,17 +59,19 @@ def stream_layers(
     """
     reader = Reader(checkpoint.directory, checkpoint.shards)
     clock = clock or Clock()
-    tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    for task in plan.tasks:
-        tasks.put(task)
+    queued: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    for task in plan.tasks() if tasks is None else tasks:
+        queued.put(task)
     events: Events = queue.SimpleQueue()
     stop = threading.Event()
 
     def work(device: torch.device) -> None:
         try:
-            lane = open_lane(plan.workspace, device)
-            with torch.inference_mode(), Worker(lane, plan, reader, writer, clock, stop) as worker:
-                worker.work(tasks, events)
+            with running_out_of_memory():
+                lane = open_lane(plan.workspace, device)
+                worker = Worker(lane, plan, reader, writer, clock, stop)
+                with torch.inference_mode(), worker:
+                    worker.work(queued, events)
         except BaseException as error:
             stop.set()
             events.put(error)
@@ -149,6 +153,7 @@ class Worker:
                 return
             self.convert(task)
             for layer in task.layers:
+                self._writer.finished(layer.number)
                 read = layer.bytes_read(self._slab_bytes)
                 events.put(LayerDone(layer.name, read, layer.bytes_written))
 
@@ -289,7 +294,7 @@ class Worker:
     def _refuse_non_finite(self, weight: WeightPlan) -> None:
         """Counts what is not finite in the whole weight, and finds the first."""
         spec, count, first = weight.spec, 0, -1
-        for batch in Task((LayerPlan(weight.name, [weight], []),)).batches(self._slab_bytes):
+        for batch in Task((LayerPlan(0, weight.name, [weight], []),)).batches(self._slab_bytes):
             slot = self._read(batch)
             slot.amax(batch)
             if is_finite(slot.result()):

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,8 +21,9 @@ def may_have_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
 
 
-def exchange(one: Path, other: Path) -> None:
-    """Swaps two directories in one step, or in three where the file system has no such call.
+def exchange(one: Path, other: Path, aside: Path) -> None:
+    """Swaps two directories in one step; in two where the file system has no such call, which leave
+    what was `other` as `aside`.
 
     Raises OSError; both are then where they were.
     """
@@ -33,14 +35,38 @@ def exchange(one: Path, other: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
             raise OSError(code, os.strerror(code), str(other))
-    aside = one.with_name(one.name + ".old")
     other.rename(aside)
     try:
         one.rename(other)
     except OSError:
         aside.rename(other)
         raise
-    aside.rename(one)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`, however little the system takes at once. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
+
+
+def append_all(descriptor: int, data: bytes) -> None:
+    """Writes all of `data` at the end of a file opened for appending. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Makes or replaces the file `path`, its content durable, its name not yet. Raises OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        write_all(descriptor, data, 0)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sync_directory(path: Path) -> None:
@@ -61,7 +87,7 @@ def reserve(descriptor: int, path: Path, size: int) -> None:
     fallocate = getattr(_LIBC, "fallocate", None)
     if fallocate is not None and size and not is_memory_backed(path):
         length = ctypes.c_int64(size)
-        if fallocate(descriptor, 0, ctypes.c_int64(0), length) == 0:
+        if _call(fallocate, descriptor, 0, ctypes.c_int64(0), length) == 0:
             return
         if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
@@ -105,12 +131,20 @@ def _sync_file_range(descriptor: int, offset: int, length: int, flags: int) -> b
     call = getattr(_LIBC, "sync_file_range", None)
     if call is None:
         return False
-    if call(descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), flags) == 0:
+    if _call(call, descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), flags) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP):
         return False
     raise OSError(code, os.strerror(code))
+
+
+def _call(function: Callable[..., int], *arguments: object) -> int:
+    """What a call of the C library returns when no signal cuts it short, as Python's own do."""
+    while True:
+        result = function(*arguments)
+        if result == 0 or ctypes.get_errno() != errno.EINTR:
+            return result
 
 
 def never_read_ahead(descriptor: int) -> None:

@@ -1,174 +1,88 @@
-"""Planned safetensors files, filled in whatever order their tensors come.
+"""A planned output, filled in whatever order its tensors come, whole or not at all.
 
-A file's header is written last, since a file of zeros with a header would be a valid one, and only
-when every planned byte of it was written exactly once; config.json is the last file of all.
+Of every file each planned byte comes exactly once, from this run or from one before it that was
+stopped; config.json is the last file of all.
 """
 
-import errno
-import json
 import os
+import shutil
+import stat
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from safetensors import safe_open
 
-from fp8stream.checkpoint import Checkpoint
-from fp8stream.coverage import Coverage
+from fp8stream.checkpoint import Checkpoint, config_bytes
 from fp8stream.errors import CheckpointError, OutputError
+from fp8stream.filling import FillingFile
 from fp8stream.layout import INDEX_NAME, OutputFile, index_bytes
 from fp8stream.output import OutputDirectory
+from fp8stream.plan import Written
 from fp8stream.reader import ShardReader
+from fp8stream.recorder import Recorder
 from fp8stream.system import (
+    append_all,
     drop_cached,
-    finish_writing,
     is_memory_backed,
     reserve,
-    start_writing,
     sync_directory,
+    write_file,
 )
 
-
-class _OpenFile:
-    """A planned file that is being filled.
-
-    Unless it is `in_memory` anyway, the disk is kept busy while it is filled, and few of its pages
-    stay in memory.
-    """
-
-    def __init__(self, path: Path, plan: OutputFile, in_memory: bool) -> None:
-        self.plan = plan
-        self.remaining = sum(tensor.nbytes for tensor in plan.tensors)
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._sizes = {tensor.name: tensor.nbytes for tensor in plan.tensors}
-        self._partial: dict[str, Coverage] = {}
-        self._behind = None if in_memory else _WriteBehind(self.descriptor)
-
-    def claim(self, name: str, start: int, stop: int) -> None:
-        """Notes that bytes of tensor `name` are being written. Raises OutputError if they were."""
-        if name not in self._sizes:
-            raise OutputError(f"{self.plan.name}: tensor {name!r}: all bytes came before")
-        coverage = self._partial.setdefault(name, Coverage(self._sizes[name]))
-        try:
-            coverage.add(start, stop)
-        except ValueError as error:
-            raise OutputError(f"{self.plan.name}: tensor {name!r}: bytes {error}") from None
-        if coverage.gap() is None:
-            # Most tensors come whole, and there may be very many: only open ones are remembered.
-            del self._sizes[name], self._partial[name]
-
-    def write(self, data: memoryview, offset: int) -> None:
-        begin, length = offset, len(data)
-        while data:
-            done = os.pwrite(self.descriptor, data, offset)
-            data, offset = data[done:], offset + done
-        self.wrote(begin, length)
-
-    def wrote(self, offset: int, length: int) -> None:
-        """Notes that bytes there are written, by whoever, and are the disk's to take."""
-        if self._behind:
-            self._behind.wrote(offset, length)
-
-    def seal(self) -> None:
-        """Makes the file valid: its data durable first, then the header, its length last."""
-        try:
-            header = memoryview(self.plan.header)
-            self.write(header[8:], 8)
-            os.fdatasync(self.descriptor)
-            self.write(header[:8], 0)
-            os.fsync(self.descriptor)
-            if self._behind:
-                drop_cached(self.descriptor, 0, 0)
-        finally:
-            os.close(self.descriptor)
-
-
-Ranges = list[tuple[int, int]]
-
-
-class _WriteBehind:
-    """What of a file was written but is not on the disk yet: never more than a window of it.
-
-    Without this the system lets a tenth of all memory fill up with such pages before the disk does
-    anything, and throws out everybody else's for it. The disk gets them in bursts, since one that
-    reads and writes by turns does neither well. Thread-safe.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._gathered: Ranges = []
-        self._bytes = 0
-        self._under_way: deque[Ranges] = deque()
-        self._lock = threading.Lock()
-
-    def wrote(self, offset: int, length: int) -> None:
-        """Has the disk begin with a burst where there is one, and waits for an earlier one."""
-        with self._lock:
-            self._gathered.append((offset, length))
-            self._bytes += length
-            if self._bytes < _BURST:
-                return
-            burst, self._gathered, self._bytes = _joined(self._gathered), [], 0
-            self._under_way.append(burst)
-            late = self._under_way.popleft() if len(self._under_way) > _BURSTS_AT_ONCE else []
-        for range_ in burst:
-            start_writing(self._descriptor, *range_)
-        for range_ in late:
-            finish_writing(self._descriptor, *range_)
-
-
-def _joined(ranges: Ranges) -> Ranges:
-    """The same bytes in as few ranges as can be: those of neighbouring layers touch."""
-    joined: Ranges = []
-    for offset, length in sorted(ranges):
-        if joined and sum(joined[-1]) == offset:
-            joined[-1] = joined[-1][0], joined[-1][1] + length
-        else:
-            joined.append((offset, length))
-    return joined
+_SIDE_CHUNK = 1 << 20
+_COPY_CHUNK = 8 << 20
 
 
 class CheckpointWriter:
-    """Writes one planned output. A context manager: unless `commit` ran, leaving removes all of it.
+    """Fills the planned files in an open OutputDirectory. A context manager: only what `commit` put
+    in place is an output.
 
-    `write` and `copy` may be called from several threads.
+    `write`, `copy` and `finished` may be called from several threads.
     """
 
-    def __init__(self, output: Path, files: Sequence[OutputFile], overwrite: bool = False) -> None:
-        """`output` is what `check_output` returned."""
-        self._directory = OutputDirectory(output, overwrite)
+    def __init__(
+        self, directory: OutputDirectory, files: Sequence[OutputFile], there: Iterable[Written] = ()
+    ) -> None:
+        """`there` is what an earlier run wrote of them."""
+        self._directory = directory
+        self._content = directory.content
         self._files = files
         self._places = {
             tensor.name: (file, offset)
             for file in files
             for tensor, offset in zip(file.tensors, file.offsets, strict=True)
         }
+        self._there: dict[str, list[Written]] = defaultdict(list)
+        for part in there:
+            self._there[self._places[part.tensor][0].name].append(part)
         self._in_memory = False
-        self._open: dict[str, _OpenFile] = {}
+        self._open: dict[str, FillingFile] = {}
         self._sealed: set[str] = set()
+        self._recorder = Recorder(directory.record)
         self._lock = threading.Lock()
 
     def __enter__(self) -> "CheckpointWriter":
-        self._directory.__enter__()
-        self._in_memory = is_memory_backed(self._directory.work)
-        try:
-            with self._directory.failing():
-                for file in self._files:
-                    self._create(file)
-        except BaseException as error:
-            self._directory.__exit__(error)
-            raise
+        with self._directory.failing():
+            self._in_memory = is_memory_backed(self._content)
+            self._remove_others()
+            for file in self._files:
+                self._create(file)
+            sync_directory(self._content)
+            for file in self._files:
+                self._seal_if_whole(file)
+            self._recorder.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._recorder.__exit__()
         for file in self._open.values():
             with suppress(OSError):  # it is given up anyway
                 os.close(file.descriptor)
         self._open.clear()
-        self._directory.__exit__(*error)
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Writes `data` at byte `offset` of planned tensor `name`.
@@ -196,8 +110,7 @@ class CheckpointWriter:
         length = min(_COPY_CHUNK, length)
         with self._directory.failing():
             file, target = self._claim(name, offset, length)
-            done = _copy_range(source, at, file, target, length)
-            file.wrote(target, done)
+            done = file.copy(source, at, target, length)
             while done < length:
                 part = buffer[: min(len(buffer), length - done)]
                 source.read_into(part, at + done, name)
@@ -207,32 +120,68 @@ class CheckpointWriter:
             self._finish(file, length)
         return length
 
+    def finished(self, layer: int) -> None:
+        """Notes that everything of the layer with this number was written: it will be recorded.
+
+        Raises OutputError if an earlier layer could not be.
+        """
+        with self._directory.failing():
+            self._recorder.finished(layer)
+
+    def _remove_others(self) -> None:
+        """Whatever an earlier run left that is none of the planned files: it is made anew."""
+        planned = {file.name for file in self._files}
+        for left in self._content.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            elif left.name not in planned:
+                left.unlink()
+
     def _create(self, plan: OutputFile) -> None:
         """The file in its full size, so that a disk that is too small shows before any work."""
-        path = self._directory.work / plan.name
+        path = self._content / plan.name
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_size == plan.size:
+                return
+            if not self._there[plan.name]:
+                path.unlink()
+        if self._there[plan.name]:
+            raise OutputError(
+                f"{path}: expected the {plan.size} bytes that an unfinished run left, found "
+                "something else; --restart discards that run"
+            )
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             reserve(descriptor, path, plan.size)
         finally:
             os.close(descriptor)
-        if not any(tensor.nbytes for tensor in plan.tensors):
-            self._sealed.add(plan.name)
-            _OpenFile(path, plan, self._in_memory).seal()
 
-    def _claim(self, name: str, offset: int, length: int) -> tuple[_OpenFile, int]:
+    def _seal_if_whole(self, plan: OutputFile) -> None:
+        """Gives the file its header where all else is there, or where there is nothing else."""
+        there = sum(part.end - part.begin for part in self._there[plan.name])
+        if there == sum(tensor.nbytes for tensor in plan.tensors):
+            self._sealed.add(plan.name)
+            self._fill(plan).seal()
+
+    def _fill(self, plan: OutputFile) -> FillingFile:
+        there = self._there.pop(plan.name, ())
+        return FillingFile(self._content / plan.name, plan, self._in_memory, there)
+
+    def _claim(self, name: str, offset: int, length: int) -> tuple[FillingFile, int]:
         """The file of tensor `name` and the position in it, for bytes that nobody wrote yet."""
         plan, begin = self._places[name]
         with self._lock:
             if plan.name in self._sealed:
                 raise OutputError(f"{plan.name}: tensor {name!r}: bytes came before")
             if plan.name not in self._open:
-                path = self._directory.work / plan.name
-                self._open[plan.name] = _OpenFile(path, plan, self._in_memory)
+                self._recorder.follow(self._content / plan.name)
+                self._open[plan.name] = self._fill(plan)
             file = self._open[plan.name]
             file.claim(name, offset, offset + length)
             return file, begin + offset
 
-    def _finish(self, file: _OpenFile, length: int) -> None:
+    def _finish(self, file: FillingFile, length: int) -> None:
         """Counts what was written; whoever writes the last byte of a file seals it."""
         with self._lock:
             file.remaining -= length
@@ -241,35 +190,32 @@ class CheckpointWriter:
             del self._open[file.plan.name]
             self._sealed.add(file.plan.name)
         file.seal()
+        self._recorder.sealed(self._content / file.plan.name)
 
     def copy_side_files(self, checkpoint: Checkpoint) -> None:
         """Everything beside the weights, as bytes. Raises CheckpointError or OutputError."""
         for side in checkpoint.side_files:
-            source = checkpoint.directory / side.name
-            try:
-                data = source.open("rb")
-            except OSError as error:
-                raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-            with data, self._directory.failing():
-                self._copy_side_file(data, source, self._directory.work / side.name)
+            self._copy_side_file(checkpoint.directory / side.name, self._content / side.name)
         names = [Path(side.name) for side in checkpoint.side_files]
         with self._directory.failing():
             for directory in {parent for name in names for parent in name.parents}:
-                sync_directory(self._directory.work / directory)
+                sync_directory(self._content / directory)
 
-    def _copy_side_file(self, data: BinaryIO, source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as copy:
-            while True:
-                try:
-                    chunk = data.read(_SIDE_CHUNK)
-                except OSError as error:
-                    raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-                if not chunk:
-                    break
-                copy.write(chunk)
-            copy.flush()
-            os.fsync(copy.fileno())
+    def _copy_side_file(self, source: Path, target: Path) -> None:
+        with _opened(source) as data:
+            left = os.fstat(data).st_size  # more, where somebody writes to it, would never end
+            with self._directory.failing():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                while left and (chunk := _read_side(data, min(left, _SIDE_CHUNK), source)):
+                    with self._directory.failing():
+                        append_all(copy, chunk)
+                    left -= len(chunk)
+                with self._directory.failing():
+                    os.fsync(copy)
+            finally:
+                os.close(copy)
 
     def commit(self, config: Mapping[str, Any]) -> None:
         """Checks that all is there, adds the index and config.json, and publishes.
@@ -277,19 +223,19 @@ class CheckpointWriter:
         Raises OutputError; the output then does not exist, or is what it was.
         """
         with self._directory.failing():
+            self._recorder.flush()
             for plan in self._files:
                 self._check_whole(plan)
             if len(self._files) > 1:
-                _write_file(self._directory.work / INDEX_NAME, index_bytes(self._files))
-            text = json.dumps(config, indent=2) + "\n"
-            _write_file(self._directory.work / "config.json", text.encode())
+                write_file(self._content / INDEX_NAME, index_bytes(self._files))
+            write_file(self._content / "config.json", config_bytes(config))
             self._give_back()
             self._directory.publish()
 
     def _give_back(self) -> None:
         """Frees the pages of the files, which the check read into memory again."""
         for plan in () if self._in_memory else self._files:
-            with (self._directory.work / plan.name).open("rb") as stream:
+            with (self._content / plan.name).open("rb") as stream:
                 drop_cached(stream.fileno(), 0, 0)
 
     def _check_whole(self, plan: OutputFile) -> None:
@@ -297,7 +243,7 @@ class CheckpointWriter:
         if plan.name not in self._sealed:
             raise OutputError(f"{plan.name}: tensors are missing: not every planned byte came")
         with (
-            (self._directory.work / plan.name).open("rb") as stream,
+            (self._content / plan.name).open("rb") as stream,
             # By descriptor: the reference library takes no path that is not UTF-8.
             safe_open(f"/proc/self/fd/{stream.fileno()}", framework="pt") as opened,
         ):
@@ -305,33 +251,28 @@ class CheckpointWriter:
                 raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
 
 
-_SIDE_CHUNK = 1 << 20
-_COPY_CHUNK = 8 << 20
-# Bytes of one file that the disk gets together, and how many times as many may be under way.
-_BURST = 16 << 20
-_BURSTS_AT_ONCE = 2
+@contextmanager
+def _opened(source: Path) -> Iterator[int]:
+    """A descriptor of a side file. Raises CheckpointError."""
+    with _failing_to_read(source):
+        # A FIFO that took the file's place since is not waited for.
+        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{source}: expected a regular file; it changed since")
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _copy_range(source: ShardReader, at: int, file: _OpenFile, target: int, length: int) -> int:
-    """Bytes that the kernel copied by itself: all of them, or those before it found it cannot."""
-    done = 0
-    while done < length:
-        try:
-            count = os.copy_file_range(
-                source.descriptor, file.descriptor, length - done, at + done, target + done
-            )
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            return done
-        if not count:
-            return done
-        done += count
-    return done
+def _read_side(descriptor: int, length: int, source: Path) -> bytes:
+    with _failing_to_read(source):
+        return os.read(descriptor, length)
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+@contextmanager
+def _failing_to_read(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error

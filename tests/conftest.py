@@ -1,7 +1,8 @@
 """Checkpoints of every shape, made on the spot: no network, no fixtures on disk."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from fp8stream import cli
+from fp8stream.layout import OutputFile
+from fp8stream.output import OutputDirectory
+from fp8stream.plan import Written
+from fp8stream.writer import CheckpointWriter
 
 LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -92,6 +97,15 @@ def write_checkpoint(
 def _config(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     numbers = [int(name.split(".")[2]) for name in tensors if name.startswith("model.layers.")]
     return {**LLAMA, "num_hidden_layers": max(numbers, default=-1) + 1}
+
+
+@contextmanager
+def open_writer(
+    output: Path, files: Sequence[OutputFile], there: Iterable[Written] = ()
+) -> Iterator[CheckpointWriter]:
+    """A writer of `files`, in a directory that will be `output`."""
+    with OutputDirectory(output, {}) as directory, CheckpointWriter(directory, files, there) as w:
+        yield w
 
 
 @pytest.fixture

@@ -61,9 +61,11 @@ def test_quantize_json_is_one_object_with_the_promised_keys(
         "layers_quantized",
         "layers_kept",
         "peak_memory",
+        "layers_continued",
         "workers",
         "stages",
     ]
+    assert document["layers_continued"] == 0
     assert document["workers"] > 0
     assert list(document["stages"]) == ["read", "quantize", "write", "copy"]
     assert all(list(spent) == ["busy", "blocked"] for spent in document["stages"].values())
@@ -177,8 +179,12 @@ def ignore_sigint() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("start", [None, ignore_sigint], ids=["foreground", "shell's background"])
-def test_interrupted_midway_leaves_nothing(
-    tmp_path: Path, number: signal.Signals, code: int, start: Callable[[], None] | None
+def test_interrupted_midway_the_same_command_goes_on(
+    run: Runner,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    start: Callable[[], None] | None,
 ) -> None:
     source = write_checkpoint(tmp_path / "in", llama_tensors(layers=2))
     slow = (
@@ -188,14 +194,18 @@ def test_interrupted_midway_leaves_nothing(
     )
     command = [sys.executable, "-c", slow, "quantize", str(source), str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=start)
-    while not list(tmp_path.glob("out.fp8stream-partial/*.safetensors")):
+    while not list(tmp_path.glob("out.fp8stream-partial/output/*.safetensors")):
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
+    start_of_end = time.monotonic()
     _, error = process.communicate(timeout=30)
     assert process.returncode == code
+    assert time.monotonic() - start_of_end < 5
     assert len(error.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "out").exists()
+    assert run("quantize", source, tmp_path / "out").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
@@ -375,7 +385,7 @@ def test_a_dry_run_tells_what_would_be_refused(run: Runner, llama: Path) -> None
     assert "SOURCE itself" in done.err
 
 
-@pytest.mark.parametrize("where", ["sync_directory", "exchange"])
+@pytest.mark.parametrize("where", ["OutputDirectory.publish", "exchange"])
 def test_a_signal_while_the_output_is_put_in_place_comes_too_late(
     tmp_path: Path, llama: Path, where: str
 ) -> None:
@@ -402,7 +412,7 @@ def test_parents_that_were_made_for_an_output_that_failed_are_removed(
     def fail(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fp8stream.writer._write_file", fail)
+    monkeypatch.setattr("fp8stream.writer.reserve", fail)
     done = run("quantize", llama, tmp_path / "a" / "b" / "out")
     assert (done.code, "disk is full" in done.err) == (1, True)
     assert [path.name for path in tmp_path.iterdir()] == ["llama"]
@@ -417,16 +427,17 @@ def test_a_narrow_terminal_breaks_no_name(
     assert max(map(len, lines)) <= 80
 
 
-def test_many_signals_still_leave_nothing(tmp_path: Path) -> None:
+def test_many_signals_still_lose_nothing(run: Runner, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", llama_tensors(layers=40))
     command = [*COMMAND, "quantize", str(source), str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("out.fp8stream-partial/*.safetensors")):
+    while not list(tmp_path.glob("out.fp8stream-partial/output/*.safetensors")):
         assert process.poll() is None
         time.sleep(0.002)
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
     code = process.wait(timeout=30)
-    left = sorted(path.name for path in tmp_path.iterdir())
     assert code in (129, 130, 143, 0)
-    assert left in (["in"], ["in", "out"])
+    assert (code == 0) == (tmp_path / "out").exists()
+    assert code == 0 or run("quantize", source, tmp_path / "out").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

@@ -16,16 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from fp8stream import filling, stream
 from fp8stream import plan as plan_module
-from fp8stream import stream
 from fp8stream import writer as writer_module
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.clock import Clock
 from fp8stream.device import Lane
 from fp8stream.errors import CheckpointError, OutputError, WeightError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
+from fp8stream.journal import first_line
 from fp8stream.memory import MIB, PeakMeter, Workspace
-from fp8stream.output import MARKER
+from fp8stream.output import JOURNAL
 from fp8stream.plan import LayerPlan, Plan, Resources, Task, plan_quantization, take_turns
 from fp8stream.policy import Patterns
 from fp8stream.reader import Reader, ShardReader
@@ -34,7 +35,7 @@ from fp8stream.stream import Worker, stream_layers
 from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.writer import CheckpointWriter
 from tests import oracle
-from tests.conftest import Tensors, llama_tensors, write_checkpoint
+from tests.conftest import Tensors, llama_tensors, open_writer, write_checkpoint
 
 CPU = torch.device("cpu")
 SCHEMES = [
@@ -73,7 +74,7 @@ def convert(
     checkpoint = open_checkpoint(source)
     resources = Resources(budget, threads, max_shard_size)
     plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
-    with CheckpointWriter(output, plan.files) as writer:
+    with open_writer(output, plan.files) as writer:
         writer.copy_side_files(checkpoint)
         list(stream_layers(checkpoint, plan, writer, [CPU]))
         writer.commit(plan.config)
@@ -366,7 +367,7 @@ def test_the_place_of_a_nan_is_told_in_the_tensors_own_sides(
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), resources, options)
     with (
         pytest.raises(WeightError, match="found 1 of") as caught,
-        CheckpointWriter(tmp_path / "out", plan.files) as writer,
+        open_writer(tmp_path / "out", plan.files) as writer,
     ):
         list(stream_layers(checkpoint, plan, writer, [CPU]))
     assert repr(name) in str(caught.value)
@@ -378,7 +379,7 @@ def test_an_event_for_every_layer_adds_up_to_the_plan(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source)
     for scheme in SCHEMES:
         plan = plan_quantization(checkpoint, scheme, Patterns(), Resources(MIB, 2, 10**9))
-        with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+        with open_writer(tmp_path / "out", plan.files) as writer:
             events = list(stream_layers(checkpoint, plan, writer, [CPU]))
         assert {event.name for event in events} == {layer.name for layer in plan.layers}
         assert sum(event.bytes_read for event in events) == plan.bytes_read
@@ -386,19 +387,20 @@ def test_an_event_for_every_layer_adds_up_to_the_plan(tmp_path: Path) -> None:
         assert sum(event.bytes_written for event in events) == tensors
 
 
-def test_closing_early_stops_the_workers_and_leaves_nothing(tmp_path: Path) -> None:
+def test_closing_early_stops_the_workers_and_gives_no_output(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", llama_tensors(hidden=1024, inter=4096, layers=4))
     checkpoint = open_checkpoint(source)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 2, 10**9))
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         events = stream_layers(checkpoint, plan, writer, [CPU])
         next(events)
         assert isinstance(events, Iterator)
         events.close()
-        assert not [t for t in threading.enumerate() if t.name.startswith("fp8stream-")]
+        workers = {f"fp8stream-{number}" for number in range(plan.workspace.workers)}
+        assert not [t for t in threading.enumerate() if t.name in workers]
         with pytest.raises(OutputError, match="missing"):
             writer.commit(plan.config)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_buffers_are_freed_at_the_end(
@@ -439,7 +441,7 @@ def test_a_source_that_changes_under_the_run_is_refused(tmp_path: Path, llama: P
     shard.write_bytes(shard.read_bytes()[:-1])
     with (
         pytest.raises(CheckpointError, match="changed since its header was read"),
-        CheckpointWriter(tmp_path / "out", plan.files) as writer,
+        open_writer(tmp_path / "out", plan.files) as writer,
     ):
         list(stream_layers(checkpoint, plan, writer, [CPU]))
     assert not list(tmp_path.glob("out*"))
@@ -467,7 +469,7 @@ def test_bytes_written_twice_are_refused(tmp_path: Path, llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
     name = plan.files[0].tensors[0].name
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         writer.write(name, 0, memoryview(b"1234"))
         with pytest.raises(OutputError, match="came before"):
             writer.write(name, 2, memoryview(b"1234"))
@@ -477,10 +479,10 @@ def test_a_file_has_no_header_before_it_is_whole(tmp_path: Path, llama: Path) ->
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
     file = plan.files[0]
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         for tensor in file.tensors[:-1]:
             writer.write(tensor.name, 0, memoryview(bytes(tensor.nbytes)))
-        path = tmp_path / "out.fp8stream-partial" / file.name
+        path = tmp_path / "out.fp8stream-partial" / "output" / file.name
         assert path.stat().st_size == file.size
         assert path.read_bytes()[: len(file.header)] == bytes(len(file.header))
         writer.write(file.tensors[-1].name, 0, memoryview(bytes(file.tensors[-1].nbytes)))
@@ -490,10 +492,10 @@ def test_a_file_has_no_header_before_it_is_whole(tmp_path: Path, llama: Path) ->
 def test_a_second_run_to_the_same_output_is_refused_while_the_first_lives(
     tmp_path: Path, llama: Path
 ) -> None:
-    with CheckpointWriter(tmp_path / "out", []):
+    with open_writer(tmp_path / "out", []):
         with (
             pytest.raises(OutputError, match="another run"),
-            CheckpointWriter(tmp_path / "out", []),
+            open_writer(tmp_path / "out", []),
         ):
             pass
         assert (tmp_path / "out.fp8stream-partial").exists()
@@ -503,7 +505,7 @@ def test_what_a_dead_run_left_is_taken_over(tmp_path: Path, llama: Path) -> None
     left = tmp_path / "out.fp8stream-partial"
     (left / "subdirectory").mkdir(parents=True)
     (left / "subdirectory" / "file").write_text("left")
-    (left / MARKER).touch()
+    (left / JOURNAL).write_bytes(first_line({}))
     convert(llama, tmp_path / "out", Scheme())
     assert not left.exists()
     assert not (tmp_path / "out" / "subdirectory").exists()
@@ -512,13 +514,13 @@ def test_what_a_dead_run_left_is_taken_over(tmp_path: Path, llama: Path) -> None
 def test_a_finished_output_that_cannot_be_put_in_place_is_kept(tmp_path: Path, llama: Path) -> None:
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), Resources(64 * MIB, 1, 10**9))
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         list(stream_layers(checkpoint, plan, writer, [CPU]))
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "somebody else's").write_text("")
         with pytest.raises(OutputError, match="move it where you want it"):
             writer.commit(plan.config)
-    assert (tmp_path / "out.fp8stream-partial" / "config.json").exists()
+    assert (tmp_path / "out.fp8stream-partial" / "output" / "config.json").exists()
 
 
 class LateEvent:
@@ -581,7 +583,7 @@ def test_a_device_that_does_everything_at_the_last_moment_gives_the_same_bytes(
         return lane
 
     monkeypatch.setattr(stream, "open_lane", late_lane)
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         list(stream_layers(checkpoint, plan, writer, [CPU]))
         writer.commit(plan.config)
     assert_same(load(tmp_path / "out"), expected(tensors, plan))
@@ -601,7 +603,7 @@ def test_small_layers_are_launched_together(tmp_path: Path) -> None:
     resources = Resources(64 * MIB, 2, 10**9)
     plan = plan_quantization(open_checkpoint(source), Scheme(), Patterns(), resources)
     row = 64 * 4
-    batches = [batch for task in plan.tasks for batch in task.batches(10 * 64 * row)]
+    batches = [batch for task in plan.tasks() for batch in task.batches(10 * 64 * row)]
     assert sum(len(batch.slabs) for batch in batches) == 150
     assert len(batches) < 25
     assert max(batch.rows for batch in batches) == 640
@@ -619,9 +621,9 @@ def test_tasks_hold_every_layer_once_and_few_files_are_open(
     source = write_checkpoint(tmp_path / "in", tensors, shards=2)
     resources = Resources(64 * MIB, 1, 4 * 10**5)
     plan = plan_quantization(open_checkpoint(source), scheme, Patterns(), resources)
-    layers = [layer for task in plan.tasks for layer in task.layers]
+    layers = [layer for task in plan.tasks() for layer in task.layers]
     assert sorted(layer.name for layer in layers) == sorted(layer.name for layer in plan.layers)
-    assert all(len(task.layers) == 1 for task in plan.tasks if task.shares_scale)
+    assert all(len(task.layers) == 1 for task in plan.tasks() if task.shares_scale)
     opened: list[int] = []
     claim = CheckpointWriter._claim
 
@@ -631,7 +633,7 @@ def test_tasks_hold_every_layer_once_and_few_files_are_open(
         return claimed
 
     monkeypatch.setattr(CheckpointWriter, "_claim", count_open)
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         list(stream_layers(open_checkpoint(source), plan, writer, [CPU]))
     assert len(plan.files) > 12
     assert 1 < max(opened) <= 8
@@ -648,8 +650,8 @@ def test_very_many_small_layers_stay_within_the_plan(tmp_path: Path) -> None:
     resources = Resources(32 * MIB, 8, 10**9)
     plan = plan_quantization(checkpoint, Scheme(), Patterns(), resources)
     assert plan.layers_quantized == 3000
-    assert max(len(task.layers) for task in plan.tasks) <= 32
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer, PeakMeter(0.002) as meter:
+    assert max(len(task.layers) for task in plan.tasks()) <= 32
+    with open_writer(tmp_path / "out", plan.files) as writer, PeakMeter(0.002) as meter:
         list(stream_layers(checkpoint, plan, writer, [CPU]))
     assert meter.peak.anonymous - meter.baseline.anonymous < plan.workspace.total_bytes + 12 * MIB
 
@@ -684,7 +686,9 @@ def test_a_second_pass_finds_what_the_first_one_read(
 
 
 def test_groups_take_turns_a_few_at_a_time() -> None:
-    a, b, c = (tuple(Task((LayerPlan(f"{name}{n}", [], []),)) for n in range(3)) for name in "abc")
+    a, b, c = (
+        tuple(Task((LayerPlan(n, f"{name}{n}", [], []),)) for n in range(3)) for name in "abc"
+    )
     order = [task.layers[0].name for task in take_turns([a, b[:1], c], 2)]
     assert order == ["a0", "b0", "a1", "a2", "c0", "c1", "c2"]
     assert list(take_turns([], 4)) == []
@@ -701,7 +705,7 @@ def test_a_gpu_gives_the_same_bytes(tmp_path: Path, scheme: Scheme) -> None:
         plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
         output = tmp_path / f"out-{threads}"
         torch.cuda.reset_peak_memory_stats()
-        with CheckpointWriter(output, plan.files) as writer:
+        with open_writer(output, plan.files) as writer:
             list(stream_layers(checkpoint, plan, writer, [torch.device("cuda", 0)]))
             writer.commit(plan.config)
         assert_same(load(output), expected(tensors, plan))
@@ -780,8 +784,8 @@ def test_few_written_pages_wait_for_the_disk(
         return done
 
     monkeypatch.setattr(writer_module, "is_memory_backed", lambda path: False)
-    monkeypatch.setattr(writer_module, "finish_writing", finish)
-    monkeypatch.setattr(writer_module, "_BURST", MIB)
+    monkeypatch.setattr(filling, "finish_writing", finish)
+    monkeypatch.setattr(filling, "_BURST", MIB)
     monkeypatch.setattr("os.pwrite", write)
     tensors = llama_tensors(hidden=1024, inter=4096, layers=2)
     convert(write_checkpoint(tmp_path / "in", tensors), tmp_path / "out", Scheme())
@@ -794,6 +798,6 @@ def test_the_clock_counts_every_stage(tmp_path: Path, scheme: Scheme, llama: Pat
     checkpoint = open_checkpoint(llama)
     plan = plan_quantization(checkpoint, scheme, Patterns(), Resources(64 * MIB, 2, 10**9))
     clock = Clock()
-    with CheckpointWriter(tmp_path / "out", plan.files) as writer:
+    with open_writer(tmp_path / "out", plan.files) as writer:
         list(stream_layers(checkpoint, plan, writer, [CPU], clock))
     assert all(spent.busy > 0 and spent.blocked >= 0 for spent in clock.stages.values())

@@ -27,9 +27,10 @@ def directories(
 
 def test_exchange_swaps(directories: tuple[Path, Path]) -> None:
     one, other = directories
-    system.exchange(one, other)
-    assert os.listdir(one) == ["other"]
+    aside = one.with_name("aside")
+    system.exchange(one, other, aside)
     assert os.listdir(other) == ["one"]
+    assert os.listdir(aside if aside.exists() else one) == ["other"]
     assert len(os.listdir(one.parent)) == 2
 
 
@@ -47,7 +48,7 @@ def test_an_exchange_that_fails_leaves_both_where_they_were(
     monkeypatch.setattr(Path, "rename", refuse)
     monkeypatch.setattr(system, "_LIBC", NoCalls())
     with pytest.raises(OSError, match="Permission denied"):
-        system.exchange(one, other)
+        system.exchange(one, other, one.with_name("aside"))
     assert os.listdir(one) == ["one"]
     assert os.listdir(other) == ["other"]
 
