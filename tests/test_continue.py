@@ -1,0 +1,509 @@
+"""A run that was stopped goes on, and its end is that of one that never was; or it says why not."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8stream import device, recorder, stream
+from fp8stream.checkpoint import open_checkpoint
+from fp8stream.errors import DeviceMemoryError, OutputError
+from fp8stream.experts import ExpertForm, ExpertOptions
+from fp8stream.journal import (
+    Journal,
+    differences,
+    fingerprint,
+    first_line,
+    layers_line,
+    parse_journal,
+    publishing_line,
+)
+from fp8stream.memory import MIB
+from fp8stream.output import OutputDirectory
+from fp8stream.plan import Plan, Resources, Task, plan_quantization
+from fp8stream.policy import Patterns
+from fp8stream.recorder import Recorder
+from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.stream import stream_layers
+from fp8stream.writer import CheckpointWriter
+from tests.conftest import LLAMA, Run, Tensors, llama_tensors, write_checkpoint
+
+Runner = Callable[..., Run]
+CPU = torch.device("cpu")
+SCHEMES = [
+    Scheme(Granularity.CHANNEL),
+    Scheme(Granularity.BLOCK),
+    Scheme(Granularity.TENSOR),
+    Scheme(Granularity.BLOCK, OutputFormat.FP8),
+]
+PARTIAL = "out.fp8stream-partial"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records come as fast as they can."""
+    monkeypatch.setattr(recorder, "_INTERVAL", 0.001)
+    monkeypatch.setattr(recorder, "_PATIENCE", 0)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def moe_tensors() -> Tensors:
+    """A small llama with experts that lie in one tensor, in the layout of mistral4."""
+    tensors = llama_tensors(hidden=256, inter=256, layers=3)
+    for layer in range(3):
+        at = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{at}.gate_up_proj"] = torch.randn(4, 512, 256).to(torch.bfloat16)
+        tensors[f"{at}.down_proj"] = torch.randn(4, 256, 256).to(torch.bfloat16)
+    return tensors
+
+
+MOE = {
+    **LLAMA,
+    "model_type": "mistral4",
+    "hidden_size": 256,
+    "moe_intermediate_size": 256,
+    "intermediate_size": 256,
+    "n_routed_experts": 4,
+    "num_hidden_layers": 3,
+}
+
+
+def plan_of(source: Path, scheme: Scheme, form: ExpertForm, threads: int = 1) -> Plan:
+    resources = Resources(threads * 3 * MIB, threads, 400_000)
+    checkpoint = open_checkpoint(source)
+    return plan_quantization(checkpoint, scheme, Patterns(), resources, ExpertOptions(form))
+
+
+def convert(source: Path, output: Path, plan: Plan, stop_after: int | None = None) -> int:
+    """Converts what is left, stopped after some layers: how many were recorded before."""
+    checkpoint = open_checkpoint(source)
+    now = fingerprint(checkpoint, plan, {})
+    with OutputDirectory(output, now) as directory:
+        done = directory.done(len(plan.layers))
+        with CheckpointWriter(directory, plan.files, plan.written(done)) as writer:
+            writer.copy_side_files(checkpoint)
+            events = stream_layers(checkpoint, plan, writer, [CPU], tasks=plan.tasks(done))
+            for number, _ in enumerate(events):
+                if number == stop_after:
+                    writer._recorder.flush()
+                    raise Killed
+            writer.commit(plan.config)
+    return len(done)
+
+
+@pytest.mark.parametrize("form", [ExpertForm.PER_EXPERT, ExpertForm.FUSED])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.granularity.value}-{s.format.value}")
+def test_a_run_stopped_again_and_again_ends_as_an_unbroken_one(
+    tmp_path: Path, scheme: Scheme, form: ExpertForm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+    source = write_checkpoint(tmp_path / "in", moe_tensors(), 3, config=MOE)
+    (source / "more").mkdir()
+    (source / "more" / "vocabulary").write_text("words")
+    try:
+        plan = plan_of(source, scheme, form)
+    except Exception as error:  # a form that the scheme does not have
+        pytest.skip(str(error))
+    assert len(plan.files) > 1
+    convert(source, tmp_path / "whole", plan)
+    recorded = [0]
+    for stop in (2, 5, 0, 3, 7):
+        with pytest.raises(Killed):
+            convert(source, tmp_path / "out", plan_of(source, scheme, form, 1 + stop % 2), stop)
+        with OutputDirectory(tmp_path / "out", fingerprint(open_checkpoint(source), plan, {})) as d:
+            recorded.append(len(d.done(len(plan.layers))))
+        (tmp_path / PARTIAL / "output" / "more" / "left").touch()
+    assert recorded == sorted(recorded)
+    assert len({*recorded}) > 3
+    assert convert(source, tmp_path / "out", plan_of(source, scheme, form, 2)) == recorded[-1]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
+def test_what_is_recorded_is_not_read_again(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    journal = parse_journal((tmp_path / PARTIAL / "journal").read_bytes())
+    done = run("quantize", source, tmp_path / "out", "--json", "--threads", 3)
+    document = json.loads(done.out)
+    recorded = sum(end - begin for begin, end in journal.layers)
+    assert document["layers_continued"] == recorded > 0
+    assert 0 < document["bytes_read"] < 0.8 * sum(size_of(source).values())
+    assert "going on with an unfinished run" in done.err
+    assert "steps were done by an unfinished run" in done.err
+
+
+def size_of(source: Path) -> Mapping[str, int]:
+    return {tensor.name: tensor.nbytes for tensor in open_checkpoint(source).tensors}
+
+
+def stopped(tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The source of a run that was stopped half-way, with some layers on record."""
+    source = write_checkpoint(tmp_path / "in", llama_tensors(layers=6), shards=2)
+    (source / "tokenizer.json").write_text("{}")
+    begun = 0
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        nonlocal begun
+        begun += 1
+        if begun > 20:
+            time.sleep(0.1)  # and everything before is recorded
+            raise Killed
+        Convert(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        done = run("quantize", source, tmp_path / "out", "--threads", 1)
+    assert done.code == 1
+    assert "the same command goes on" in done.err
+    assert len(done.err.splitlines()) == 1
+    assert (tmp_path / PARTIAL / "journal").exists()
+    return source
+
+
+Convert = stream.Worker.convert
+
+
+CHANGES: dict[str, tuple[list[str], str]] = {
+    "scheme": (["--scheme", "tensor"], "--scheme was channel, is tensor"),
+    "format": (
+        ["--scheme", "tensor", "--format", "fp8"],
+        "--format was compressed-tensors, is fp8",
+    ),
+    "ignore": (
+        ["--ignore", "model.layers.0.mlp.down_proj"],
+        "--ignore was not given, is model.layers.0.mlp.down_proj",
+    ),
+    "include": (["--include", "lm_head"], "--include was not given, is lm_head"),
+    "size": (["--max-shard-size", "300KB"], "--max-shard-size was 5000000000, is 300000"),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), CHANGES.values(), ids=CHANGES)
+def test_another_option_is_refused_until_restart(
+    tmp_path: Path,
+    run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: str,
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    before = contents(tmp_path / PARTIAL)
+    refused = run("quantize", source, tmp_path / "out", *options)
+    assert refused.code == 1
+    assert words in refused.err
+    assert "--restart" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert words in run("quantize", source, tmp_path / "out", *options, "--dry-run").err
+    assert contents(tmp_path / PARTIAL) == before
+    assert run("quantize", source, tmp_path / "out", *options, "--restart").code == 0
+    assert run("quantize", source, tmp_path / "whole", *options).code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def touch(source: Path) -> None:
+    os.utime(source / "model-00002-of-00002.safetensors", ns=(1, 1))
+
+
+def rewrite(source: Path) -> None:
+    write_checkpoint(source, llama_tensors(layers=6, inter=512), shards=2)
+
+
+def configure(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "rope_theta": 5}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (touch, "model-00002-of-00002.safetensors has changed (time)"),
+        (rewrite, "model-00001-of-00002.safetensors has changed (size, time, header)"),
+        (configure, "config.json has changed"),
+    ],
+)
+def test_another_source_is_refused(
+    tmp_path: Path,
+    run: Runner,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[Path], None],
+    words: str,
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    change(source)
+    refused = run("quantize", source, tmp_path / "out")
+    assert (refused.code, words in refused.err) == (1, True), refused
+    assert run("quantize", source, tmp_path / "out", "--restart").code == 0
+
+
+def test_other_numerics_are_refused(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    monkeypatch.setattr("fp8stream.journal.NUMERICS", 2)
+    assert "numerics was 1, is 2" in run("quantize", source, tmp_path / "out").err
+
+
+def test_side_files_are_those_of_the_last_run(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    (source / "tokenizer.json").unlink()
+    (source / "chat_template.jinja").write_text("hello")
+    assert run("quantize", source, tmp_path / "out").code == 0
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "hello"
+
+
+def test_nothing_on_record_is_nothing_to_refuse(tmp_path: Path, run: Runner, llama: Path) -> None:
+    (tmp_path / PARTIAL / "output").mkdir(parents=True)
+    (tmp_path / PARTIAL / "journal").write_bytes(first_line({"--scheme": "tensor"}))
+    assert run("quantize", llama, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone", "a link", "output is a link", "no output"])
+def test_data_that_is_not_what_was_left_is_refused(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    output = tmp_path / PARTIAL / "output"
+    file = output / "model.safetensors"
+    if damage == "shorter":
+        os.truncate(file, 1000)
+    elif "output" in damage:
+        output.rename(tmp_path / "elsewhere")
+        if damage == "output is a link":
+            output.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.rename(tmp_path / "elsewhere")
+        if damage == "a link":
+            file.symlink_to(tmp_path / "elsewhere")
+    refused = run("quantize", source, tmp_path / "out")
+    assert (refused.code, "--restart" in refused.err) == (1, True), refused
+    assert run("quantize", source, tmp_path / "out", "--restart").code == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\0" * 100,
+        b"not a journal\n",
+        first_line({})[:-5],
+        first_line({}) + layers_line([10**6]),
+        first_line({}).replace(b'"journal": 1', b'"journal": 2'),
+    ],
+)
+def test_a_damaged_journal_is_refused_until_restart(
+    tmp_path: Path, run: Runner, llama: Path, text: bytes
+) -> None:
+    (tmp_path / PARTIAL / "output").mkdir(parents=True)
+    (tmp_path / PARTIAL / "journal").write_bytes(text)
+    refused = run("quantize", llama, tmp_path / "out")
+    assert (refused.code, "--restart" in refused.err) == (1, True), refused
+    assert run("quantize", llama, tmp_path / "out", "--restart").code == 0
+
+
+def test_a_journal_cut_at_any_byte_says_less_and_never_more() -> None:
+    head, one, two = first_line({"a": "\0\r\n é"}), layers_line([0, 1, 5]), layers_line([2])
+    whole = head + one + two + publishing_line(7)
+    for size in range(len(whole) + 1):
+        if size < len(head):
+            with pytest.raises(OutputError, match="first line is damaged"):
+                parse_journal(whole[:size])
+            continue
+        found = parse_journal(whole[:size] + b"garbage\n")
+        expected = {0, 1, 5} if size >= len(head + one) else set()
+        expected |= {2} if size >= len(head + one + two) else set()
+        assert found.done(6) == expected
+        assert found.inode == (7 if size == len(whole) else None)
+        assert found.size <= size
+    assert parse_journal(whole).fingerprint == {"a": "\0\r\n é"}
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_layers_come_back_as_they_were_recorded(numbers: set[int]) -> None:
+    assert parse_journal(first_line({}) + layers_line(numbers)).done(61) == numbers
+
+
+def test_very_many_overlapping_ranges_are_read_at_once() -> None:
+    journal = Journal({}, [(0, 10**6)] * 10**5, None, 0)
+    assert len(journal.done(10**6)) == 10**6
+
+
+def test_differences_tell_what_files_came_and_went() -> None:
+    before = {"a.safetensors": [1, 2, "x"], "--ignore": ["b", "c"], "the plan": "x"}
+    now = {"b.safetensors": [1, 2, "x"], "--ignore": [], "the plan": "y"}
+    assert differences(before, now) == [
+        "a.safetensors is gone",
+        "--ignore was b c, is not given",
+        "b.safetensors is new",
+    ]
+    assert differences({"the plan": "x"}, {"the plan": "y"}) == ["the plan was made by other code"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("kept", ["same", "other"])
+def test_killed_when_only_tidying_up_was_left(
+    tmp_path: Path, run: Runner, llama: Path, overwrite: bool, kept: str
+) -> None:
+    """The output is in place, and so is what the run did not come to remove."""
+    options = ["--overwrite"] if overwrite else []
+    (tmp_path / "old").mkdir()
+    if overwrite:
+        assert run("quantize", llama, tmp_path / "out", "--scheme", "tensor").code == 0
+    real = OutputDirectory._discard
+
+    def leave(self: OutputDirectory) -> None:
+        if not self.in_place:
+            real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "_discard", leave)
+        assert run("quantize", llama, tmp_path / "out", *options).code == 0
+    assert (tmp_path / PARTIAL / "journal").exists()
+    before = contents(tmp_path / "out")
+    scheme = ["--scheme", "channel" if kept == "same" else "block"]
+    done = run("quantize", llama, tmp_path / "out", *options, *scheme, "--json")
+    if kept == "same":
+        assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+        assert contents(tmp_path / "out") == before
+        assert not (tmp_path / PARTIAL).exists()
+    else:
+        assert done.code == (0 if overwrite else 1)
+        assert overwrite or "exists already" in done.err
+        assert (contents(tmp_path / "out") != before) == overwrite
+
+
+def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    for options in ([], ["--restart"], ["--scheme", "block"]):
+        refused = run("quantize", llama, tmp_path / "out", *options)
+        assert (refused.code, "another run is writing this output" in refused.err) == (1, True)
+    os.close(descriptor)
+    assert run("quantize", llama, tmp_path / "out").code == 0
+
+
+def test_what_was_replaced_goes_back_when_a_run_is_discarded(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames of a file system that cannot exchange directories."""
+    source = stopped(tmp_path, run, monkeypatch)
+    (tmp_path / PARTIAL / "replaced").mkdir()
+    (tmp_path / PARTIAL / "replaced" / "precious").write_text("years of work")
+    refused = run("quantize", source, tmp_path / "out", "--restart", "--device", "cuda:99")
+    assert refused.code == 1
+    assert (tmp_path / "out" / "precious").read_text() == "years of work"
+
+
+def test_a_recorder_records_nothing_that_was_not_synced_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: calls.append("sync"))
+    file = tmp_path / "file"
+    file.touch()
+    with Recorder(lambda layers: calls.append(list(layers))) as recording:
+        recording.follow(file)
+        recording.finished(3)
+        recording.finished(1)
+        recording.flush()
+    assert calls in (["sync", [3, 1]], ["sync", [3], "sync", [1]])
+
+
+def test_a_sync_that_fails_stops_the_run_and_records_nothing(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fdatasync
+
+    def fail(descriptor: int) -> None:
+        if threading.current_thread().name == "fp8stream-recorder" or "model" in os.readlink(
+            f"/proc/self/fd/{descriptor}"
+        ):
+            raise OSError(5, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    failed = run("quantize", llama, tmp_path / "out")
+    assert (failed.code, "cannot be written: Input/output error" in failed.err) == (1, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.parametrize("fitting", [1, 0])
+def test_a_device_that_runs_out_of_memory_gets_smaller_buffers(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, fitting: int
+) -> None:
+    real = device.open_lane
+    seen = []
+
+    def open_lane(space: Any, where: torch.device) -> Any:
+        seen.append(space.slab_bytes)
+        if space.slab_bytes > MIB * fitting:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.00 MiB")
+        return real(space, where)
+
+    monkeypatch.setattr(stream, "open_lane", open_lane)
+    done = run("quantize", llama, tmp_path / "out")
+    if fitting:
+        assert done.code == 0
+        assert "going on with smaller buffers" in done.err
+        assert run("quantize", llama, tmp_path / "whole").code == 0
+        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert seen[0] > 2 * seen[-1]
+    else:
+        assert (done.code, "out of memory with the smallest" in done.err) == (1, True), done
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_hosts_without_memory_are_told_from_other_errors() -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with pytest.raises(DeviceMemoryError), device.running_out_of_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="shape"), device.running_out_of_memory():
+        raise RuntimeError("a shape is wrong")
+
+
+def test_an_interrupt_while_python_is_still_importing_is_no_traceback(tmp_path: Path) -> None:
+    """Imports take a tenth of a second, in which nobody listens to signals yet."""
+    slow = tmp_path / "click.py"
+    slow.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"}
+    command = [sys.executable, "-m", "fp8stream", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "fp8stream: interrupted\n")
+
+
+def test_a_copy_of_an_unfinished_run_goes_on(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = stopped(tmp_path, run, monkeypatch)
+    shutil.copytree(tmp_path / PARTIAL, tmp_path / "copy.fp8stream-partial")
+    assert run("quantize", source, tmp_path / "copy").code == 0
+    assert run("quantize", source, tmp_path / "out").code == 0
+    assert contents(tmp_path / "copy") == contents(tmp_path / "out")
