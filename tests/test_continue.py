@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def convert(source: Path, output: Path, plan: Plan, stop_after: int | None = Non
         with CheckpointWriter(directory, plan.files, plan.written(done)) as writer:
             writer.copy_side_files(checkpoint)
             events = stream_layers(checkpoint, plan, writer, [CPU], tasks=plan.tasks(done))
-            for number, _ in enumerate(events):
-                if number == stop_after:
-                    writer._recorder.flush()
-                    raise Killed
+            with closing(events):
+                for number, _ in enumerate(events):
+                    if number == stop_after:
+                        writer._recorder.flush()
+                        raise Killed
             writer.commit(plan.config)
     return len(done)
 
