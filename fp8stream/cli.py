@@ -312,7 +312,7 @@ def quantize(
     if dry_run:
         # A plan for the CPU is a plan already: torch takes longer to load than everything before.
         if device != "cpu" and (device != "auto" or may_have_gpu()):
-            plan, _ = _for_device(plan, resources, device)
+            plan, _, _ = _for_device(plan, resources, device)
         _dry_run(checkpoint, plan, as_json)
         with _complaining():
             target = _check(checkpoint, plan, Path(output), overwrite)
@@ -320,9 +320,9 @@ def quantize(
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
     with _kept_on_failure(OutputDirectory(target, now(), overwrite, restart), notes) as directory:
-        plan, found = _for_device(plan, resources, device)
+        plan, resources, devices = _for_device(plan, resources, device)
         _warn(plan.warnings)
-        job = _Job(checkpoint, plan, resources, found, directory)
+        job = _Job(checkpoint, plan, resources, devices, directory)
         result = job.run(output, no_progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
@@ -369,13 +369,13 @@ def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
 
 def _for_device(
     plan: Plan, resources: Resources, name: str
-) -> "tuple[Plan, tuple[torch.device, ...]]":
-    """The devices called `name`, and the plan with the buffers that they need."""
+) -> "tuple[Plan, Resources, tuple[torch.device, ...]]":
+    """The devices called `name`, the resources with them, and the plan with buffers for those."""
     from fp8stream.device import find_devices
 
     devices = find_devices(name)
-    gpus = sum(device.type == "cuda" for device in devices)
-    return (plan.with_resources(replace(resources, gpus=gpus)) if gpus else plan), devices
+    resources = replace(resources, gpus=sum(device.type == "cuda" for device in devices))
+    return plan.with_resources(resources) if resources.gpus else plan, resources, devices
 
 
 @contextmanager

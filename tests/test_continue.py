@@ -8,9 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,30 +95,46 @@ def plan_of(source: Path, scheme: Scheme, form: ExpertForm, threads: int = 1) ->
     return plan_quantization(checkpoint, scheme, Patterns(), resources, ExpertOptions(form))
 
 
-def convert(source: Path, output: Path, plan: Plan, stop_after: int | None = None) -> int:
-    """Converts what is left, stopped after some layers: how many were recorded before."""
+def convert(source: Path, output: Path, plan: Plan) -> int:
+    """Converts what is left: how much was on record before."""
     checkpoint = open_checkpoint(source)
     now = fingerprint(checkpoint, plan, {})
     with OutputDirectory(output, now) as directory:
         done = directory.done(len(plan.layers))
         with CheckpointWriter(directory, plan.files, plan.written(done)) as writer:
             writer.copy_side_files(checkpoint)
-            events = stream_layers(checkpoint, plan, writer, [CPU], tasks=plan.tasks(done))
-            with closing(events):
-                for number, _ in enumerate(events):
-                    if number == stop_after:
-                        writer._recorder.flush()
-                        raise Killed
+            list(stream_layers(checkpoint, plan, writer, [CPU], tasks=plan.tasks(done)))
             writer.commit(plan.config)
     return len(done)
+
+
+@contextmanager
+def killed_after(tasks: int) -> Iterator[None]:
+    """Ends a run within as soon as so many tasks are done, and on record."""
+    begun = 0
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        nonlocal begun
+        begun += 1
+        if begun > tasks:
+            self._writer._recorder.flush()
+            raise Killed
+        Convert(self, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        yield
+
+
+Convert = stream.Worker.convert
 
 
 @pytest.mark.parametrize("form", [ExpertForm.PER_EXPERT, ExpertForm.FUSED])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.granularity.value}-{s.format.value}")
 def test_a_run_stopped_again_and_again_ends_as_an_unbroken_one(
-    tmp_path: Path, scheme: Scheme, form: ExpertForm, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, scheme: Scheme, form: ExpertForm
 ) -> None:
-    monkeypatch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
     source = write_checkpoint(tmp_path / "in", moe_tensors(), 3, config=MOE)
     (source / "more").mkdir()
     (source / "more" / "vocabulary").write_text("words")
@@ -130,9 +145,9 @@ def test_a_run_stopped_again_and_again_ends_as_an_unbroken_one(
     assert len(plan.files) > 1
     convert(source, tmp_path / "whole", plan)
     recorded = [0]
-    for stop in (2, 5, 0, 3, 7):
-        with pytest.raises(Killed):
-            convert(source, tmp_path / "out", plan_of(source, scheme, form, 1 + stop % 2), stop)
+    for stop in (2, 5, 0, 3, 6):
+        with pytest.raises(Killed), killed_after(stop):
+            convert(source, tmp_path / "out", plan_of(source, scheme, form, 1 + stop % 2))
         with OutputDirectory(tmp_path / "out", fingerprint(open_checkpoint(source), plan, {})) as d:
             recorded.append(len(d.done(len(plan.layers))))
         (tmp_path / PARTIAL / "output" / "more" / "left").touch()
@@ -143,10 +158,8 @@ def test_a_run_stopped_again_and_again_ends_as_an_unbroken_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out", "whole"]
 
 
-def test_what_is_recorded_is_not_read_again(
-    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+def test_what_is_recorded_is_not_read_again(tmp_path: Path, run: Runner) -> None:
+    source = stopped(tmp_path, run)
     journal = parse_journal((tmp_path / PARTIAL / "journal").read_bytes())
     done = run("quantize", source, tmp_path / "out", "--json", "--threads", 3)
     document = json.loads(done.out)
@@ -161,32 +174,17 @@ def size_of(source: Path) -> Mapping[str, int]:
     return {tensor.name: tensor.nbytes for tensor in open_checkpoint(source).tensors}
 
 
-def stopped(tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch) -> Path:
+def stopped(tmp_path: Path, run: Runner) -> Path:
     """The source of a run that was stopped half-way, with some layers on record."""
     source = write_checkpoint(tmp_path / "in", llama_tensors(layers=6), shards=2)
     (source / "tokenizer.json").write_text("{}")
-    begun = 0
-
-    def convert(self: stream.Worker, task: Task) -> None:
-        nonlocal begun
-        begun += 1
-        if begun > 20:
-            time.sleep(0.1)  # and everything before is recorded
-            raise Killed
-        Convert(self, task)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
-        patch.setattr(stream.Worker, "convert", convert)
+    with killed_after(20):
         done = run("quantize", source, tmp_path / "out", "--threads", 1)
     assert done.code == 1
     assert "the same command goes on" in done.err
     assert len(done.err.splitlines()) == 1
     assert (tmp_path / PARTIAL / "journal").exists()
     return source
-
-
-Convert = stream.Worker.convert
 
 
 CHANGES: dict[str, tuple[list[str], str]] = {
@@ -208,11 +206,10 @@ CHANGES: dict[str, tuple[list[str], str]] = {
 def test_another_option_is_refused_until_restart(
     tmp_path: Path,
     run: Runner,
-    monkeypatch: pytest.MonkeyPatch,
     options: list[str],
     words: str,
 ) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+    source = stopped(tmp_path, run)
     before = contents(tmp_path / PARTIAL)
     refused = run("quantize", source, tmp_path / "out", *options)
     assert refused.code == 1
@@ -251,11 +248,10 @@ def configure(source: Path) -> None:
 def test_another_source_is_refused(
     tmp_path: Path,
     run: Runner,
-    monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Path], None],
     words: str,
 ) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+    source = stopped(tmp_path, run)
     change(source)
     refused = run("quantize", source, tmp_path / "out")
     assert (refused.code, words in refused.err) == (1, True), refused
@@ -265,15 +261,13 @@ def test_another_source_is_refused(
 def test_other_numerics_are_refused(
     tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+    source = stopped(tmp_path, run)
     monkeypatch.setattr("fp8stream.journal.NUMERICS", 2)
     assert "numerics was 1, is 2" in run("quantize", source, tmp_path / "out").err
 
 
-def test_side_files_are_those_of_the_last_run(
-    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+def test_side_files_are_those_of_the_last_run(tmp_path: Path, run: Runner) -> None:
+    source = stopped(tmp_path, run)
     (source / "tokenizer.json").unlink()
     (source / "chat_template.jinja").write_text("hello")
     assert run("quantize", source, tmp_path / "out").code == 0
@@ -289,9 +283,9 @@ def test_nothing_on_record_is_nothing_to_refuse(tmp_path: Path, run: Runner, lla
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "a link", "output is a link", "no output"])
 def test_data_that_is_not_what_was_left_is_refused(
-    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, damage: str
+    tmp_path: Path, run: Runner, damage: str
 ) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+    source = stopped(tmp_path, run)
     output = tmp_path / PARTIAL / "output"
     file = output / "model.safetensors"
     if damage == "shorter":
@@ -416,7 +410,7 @@ def test_what_was_replaced_goes_back_when_a_run_is_discarded(
     tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the two renames of a file system that cannot exchange directories."""
-    source = stopped(tmp_path, run, monkeypatch)
+    source = stopped(tmp_path, run)
     (tmp_path / PARTIAL / "replaced").mkdir()
     (tmp_path / PARTIAL / "replaced" / "precious").write_text("years of work")
     refused = run("quantize", source, tmp_path / "out", "--restart", "--device", "cuda:99")
@@ -501,10 +495,8 @@ def test_an_interrupt_while_python_is_still_importing_is_no_traceback(tmp_path: 
     assert (done.returncode, done.stderr) == (128 + signal.SIGINT, "fp8stream: interrupted\n")
 
 
-def test_a_copy_of_an_unfinished_run_goes_on(
-    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = stopped(tmp_path, run, monkeypatch)
+def test_a_copy_of_an_unfinished_run_goes_on(tmp_path: Path, run: Runner) -> None:
+    source = stopped(tmp_path, run)
     shutil.copytree(tmp_path / PARTIAL, tmp_path / "copy.fp8stream-partial")
     assert run("quantize", source, tmp_path / "copy").code == 0
     assert run("quantize", source, tmp_path / "out").code == 0
