@@ -222,13 +222,13 @@ class OutputDirectory:
         before = None if self._restart else _read_journal(self.work)
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
-            if not self.in_place:
-                _check_absent(self.output, self._overwrite)
         elif before and before.layers:
             self._check_left(before)
             os.truncate(self.work / JOURNAL, before.size)
             self._before = before
         if not self.in_place:
+            # Again, now that nobody else can put something there.
+            _check_absent(self.output, self._overwrite)
             self._start()
 
     def _check_left(self, before: Journal) -> None:

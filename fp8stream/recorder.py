@@ -62,24 +62,34 @@ class Recorder:
             self._finished.append(layer)
 
     def flush(self) -> None:
-        """Records whatever is finished. Raises OSError."""
+        """Records whatever is finished. Raises OSError, and from then on always.
+
+        A failure may concern layers that end later as well: nothing is recorded after it.
+        """
         with self._one_at_a_time:
             self._raise()
-            # The layers before the files: what is written from here on is the next record's.
-            with self._lock:
-                layers, self._finished = self._finished, []
-                files = list(self._files.items())
-                sealed, self._sealed = self._sealed, set()
-            if not layers and not sealed:
-                return
-            for path, descriptor in files:
-                os.fdatasync(descriptor)
-                if path in sealed:
-                    with self._lock:
-                        del self._files[path]
-                    os.close(descriptor)
-            if layers:
-                self._record(layers)
+            try:
+                self._sync_and_record()
+            except BaseException as error:
+                self._error = error
+                raise
+
+    def _sync_and_record(self) -> None:
+        # The layers before the files: what is written from here on is the next record's.
+        with self._lock:
+            layers, self._finished = self._finished, []
+            files = list(self._files.items())
+            sealed, self._sealed = self._sealed, set()
+        if not layers and not sealed:
+            return
+        for path, descriptor in files:
+            os.fdatasync(descriptor)
+            if path in sealed:
+                with self._lock:
+                    del self._files[path]
+                os.close(descriptor)
+        if layers:
+            self._record(layers)
 
     def _raise(self) -> None:
         if self._error:
@@ -91,7 +101,6 @@ class Recorder:
             start = time.monotonic()
             try:
                 self.flush()
-            except BaseException as error:
-                self._error = error
-                return
+            except BaseException:
+                return  # whoever finishes a layer, or the run, is told
             pause = max(_INTERVAL, _PATIENCE * (time.monotonic() - start))

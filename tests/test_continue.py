@@ -451,6 +451,32 @@ def test_a_sync_that_fails_stops_the_run_and_records_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
+def test_nothing_is_recorded_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk tells each descriptor once that it lost something, whichever layer that belongs to."""
+    monkeypatch.setattr(recorder, "_INTERVAL", 60)
+    answers: list[Exception | None] = [OSError(5, "Input/output error"), None, None]
+    recorded: list[object] = []
+
+    def sync(descriptor: int) -> None:
+        answer = answers.pop(0)
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    (tmp_path / "file").touch()
+    with Recorder(recorded.append) as recording:
+        recording.follow(tmp_path / "file")
+        recording.finished(0)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output"):
+                recording.flush()
+        with pytest.raises(OSError, match="Input/output"):
+            recording.finished(1)
+    assert not recorded
+
+
 @pytest.mark.parametrize("fitting", [1, 0])
 def test_a_device_that_runs_out_of_memory_gets_smaller_buffers(
     tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, fitting: int
