@@ -14,6 +14,7 @@ HOUSE = [
     "__main__",
     "cli",
     "stream",
+    "work",
     "device",
     "writer",
     "output",
