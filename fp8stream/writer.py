@@ -5,7 +5,6 @@ when every planned byte of it was written exactly once; config.json is the last 
 """
 
 import errno
-import json
 import os
 import threading
 from collections import deque
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.coverage import Coverage
 from fp8stream.errors import CheckpointError, OutputError
-from fp8stream.layout import INDEX_NAME, OutputFile, index_bytes
+from fp8stream.layout import INDEX_NAME, OutputFile, config_bytes, index_bytes
 from fp8stream.output import OutputDirectory
 from fp8stream.reader import ShardReader
 from fp8stream.system import (
@@ -281,8 +280,7 @@ class CheckpointWriter:
                 self._check_whole(plan)
             if len(self._files) > 1:
                 _write_file(self._directory.work / INDEX_NAME, index_bytes(self._files))
-            text = json.dumps(config, indent=2) + "\n"
-            _write_file(self._directory.work / "config.json", text.encode())
+            _write_file(self._directory.work / "config.json", config_bytes(config))
             self._give_back()
             self._directory.publish()
 
