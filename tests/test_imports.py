@@ -36,6 +36,7 @@ HOUSE = [
     "names",
     "checkpoint",
     "header",
+    "comparison",
     "fp8",
     "scheme",
     "layerwise",
