@@ -47,10 +47,10 @@ class Rows:
 
     @staticmethod
     def zero(rows: int) -> "Rows":
-        squares = [torch.zeros(rows, dtype=torch.float64) for _ in range(2)]
-        counts = [torch.zeros(rows, dtype=torch.int32) for _ in range(4)]
+        error, weight = (torch.zeros(rows, dtype=torch.float64) for _ in range(2))
+        zeros, saturated, wrong, first = (torch.zeros(rows, dtype=torch.int32) for _ in range(4))
         expected = torch.zeros(rows, dtype=torch.uint8)
-        return Rows(*squares, torch.zeros(rows), *counts, expected)
+        return Rows(error, weight, torch.zeros(rows), zeros, saturated, wrong, first, expected)
 
 
 class Comparer:
@@ -118,7 +118,8 @@ class Comparer:
         """Quotients times `factor` in the second scratch, as large as any code can say."""
         wide = self._decoded[: quotient.numel()].view(quotient.shape)
         torch.mul(quotient, factor, out=wide)
-        return wide.clamp_(-FP8_MAX, FP8_MAX)
+        wide.clamp_(-FP8_MAX, FP8_MAX)
+        return wide
 
     def _outside(self, quotient: Tensor, codes: Tensor) -> Tensor:
         """Nonzero bytes where a code is none that lies within the bound of its quotient."""
@@ -134,7 +135,8 @@ class Comparer:
         torch.lt(magnitude, least.bitwise_and_(_MAGNITUDE), out=other)
         wrong.bitwise_or_(other)
         torch.gt(magnitude, most.bitwise_and_(_MAGNITUDE), out=other)
-        return wrong.bitwise_or_(other)
+        wrong.bitwise_or_(other)
+        return wrong
 
     def _count(self, codes: Tensor, found: Rows, rows: slice) -> None:
         """Counts the codes at zero and at the limit."""

@@ -13,12 +13,17 @@ import fp8stream
 HOUSE = [
     "__main__",
     "cli",
+    "verify",
     "stream",
     "work",
     "device",
     "writer",
     "output",
     "report",
+    "evidence",
+    "foreign",
+    "replan",
+    "expectation",
     "parallel",
     "summary",
     "plan",
@@ -50,6 +55,9 @@ HOUSE = [
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
     "advice",
+    "expectation",
+    "foreign",
+    "replan",
     "plan",
     "weights",
     "layout",
