@@ -127,7 +127,7 @@ class Comparer:
         least.view(torch.float8_e4m3fn).copy_(self._times(quotient, 1 - BOUND))
         most.view(torch.float8_e4m3fn).copy_(self._times(quotient, 1 + BOUND))
         quarters = self._decoded.view(torch.uint8)[: 4 * codes.numel()].view(4, *codes.shape)
-        magnitude, other, wrong, signs = quarters
+        magnitude, other, wrong, signs = quarters.unbind()
         torch.bitwise_and(codes, _MAGNITUDE, out=magnitude)
         # Of a code that is zero the sign says nothing.
         torch.ne(magnitude, 0, out=signs).mul_(_SIGN)
@@ -190,15 +190,26 @@ def _has_any(flags: Tensor) -> bool:
 
 
 def _row_sums(flags: Tensor) -> Tensor:
-    """How many of the bytes of each row are 1, int32: eight at a time where they can be."""
+    """How many of the bytes of each row are 1, as whole numbers [rows]."""
     rows, columns = flags.shape
     words = columns // _BYTES_A_WORD
-    together = min(128, words & -words)
-    if columns % _BYTES_A_WORD or together < 4:
-        return flags.sum(1, dtype=torch.int32)
     # Each byte of a sum of words is a sum of bytes, as long as those are no more than 255.
+    together = next(
+        count for count in range(min(words, 128), -1, -1) if not count or not words % count
+    )
+    if columns % _BYTES_A_WORD or together < 4:
+        step = max(1, _SUMMED_AT_ONCE // max(1, columns))
+        parts = [flags[row : row + step].sum(1) for row in range(0, rows, step)]
+        return torch.cat(parts)
     sums = flags.view(torch.int64).view(rows, -1, together).sum(2)
-    return sums.view(torch.uint8).sum(1, dtype=torch.int32)
+    for shift, mask in _FOLDS:
+        sums = (sums & mask) + ((sums >> shift) & mask)
+    return sums.sum(1)
+
+
+# Bytes of a word to pairs of them, and so on, up to one number.
+_FOLDS = ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0xFFFFFFFF))
+_SUMMED_AT_ONCE = 32768
 
 
 def _note(wrong: Tensor, expected: Tensor, found: Rows, rows: slice, column: int) -> None:
