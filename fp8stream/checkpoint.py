@@ -96,11 +96,6 @@ class Checkpoint:
         return _quantized_as(self.config, self.tensors)
 
 
-def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """`config` as the content of a config.json."""
-    return (json.dumps(config, indent=2) + "\n").encode()
-
-
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Reads the headers of the checkpoint at `path`: a directory or one `.safetensors` file.
 
@@ -122,6 +117,47 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             _check_weight_map(directory, weight_map, owners, warnings)
     side_files = _find_side_files(directory, set(names), warnings, recursive=not single)
     return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with a file of a checkpoint; `file` is empty where it is all of them."""
+
+    file: str
+    message: str
+
+
+def open_damaged(path: str | Path) -> tuple[Checkpoint, tuple[Fault, ...]]:
+    """As `open_checkpoint`, of a directory that may be damaged: what can be read of it, and what
+    cannot, file by file.
+
+    Raises CheckpointError where there is no directory, or nothing like a checkpoint in it.
+    """
+    try:
+        return open_checkpoint(path), ()
+    except CheckpointError as error:
+        directory, first = Path(path), error
+        if not directory.is_dir() or not any(directory.glob("*.safetensors")):
+            raise
+    faults: list[Fault] = []
+    config: Mapping[str, Any] = {}
+    shards: list[Shard] = []
+    try:
+        config = _read_config(directory)
+    except CheckpointError as error:
+        faults.append(Fault("config.json", str(error)))
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            shards.append(read_shard(file))
+        except CheckpointError as error:
+            faults.append(Fault(file.name, str(error)))
+    indexes = sorted(file.name for file in directory.glob(f"*{INDEX_SUFFIX}"))
+    if indexes and not faults:
+        faults.append(Fault(indexes[0], str(first)))
+    faults = faults or [Fault("", str(first))]
+    names = {file.name for file in directory.glob("*.safetensors")}
+    side_files = _find_side_files(directory, names, [], recursive=True)
+    return Checkpoint(directory, directory, config, tuple(shards), side_files), tuple(faults)
 
 
 def _is_one_file(source: Path, given: str) -> bool:

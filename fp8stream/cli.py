@@ -33,23 +33,29 @@ from fp8stream.errors import (
     Fp8StreamError,
     OutputError,
     SchemeError,
+    VerifyError,
 )
+from fp8stream.expectation import LayerError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
 from fp8stream.journal import Fingerprint, fingerprint
 from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
+from fp8stream.names import template_and_key
 from fp8stream.output import OutputDirectory, check_output, unfinished_run
 from fp8stream.parallel import edges
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.report import (
     Result,
+    Verdict,
     dump,
     escape,
     plan_json,
     print_plan,
     print_result,
+    print_verdict,
     result_json,
     tensor_lines,
+    verdict_json,
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.structure import Config
@@ -59,6 +65,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8stream.stream import LayerDone
+    from fp8stream.verify import Checked, Comparison
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -491,6 +498,110 @@ class _Job:
         )
 
 
+@cli.command()
+@click.argument("output", callback=_not_empty)
+@click.option(
+    "--against",
+    "source",
+    callback=_not_empty,
+    required=True,
+    metavar="SOURCE",
+    help="What OUTPUT was made from: a checkpoint directory or one .safetensors file.",
+)
+@click.option(
+    "--expert-layout",
+    type=click.Choice([layout.value for layout in ExpertLayout]),
+    help="How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.",
+)
+@click.option(
+    "--memory-budget",
+    callback=_size,
+    metavar="SIZE",
+    default=DEFAULT_BUDGET,
+    show_default=True,
+    help="All buffers together.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Workers that read and compare.  [default: all cores]",
+)
+@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
+@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+def verify(
+    output: str,
+    source: str,
+    expert_layout: str | None,
+    memory_budget: int,
+    threads: int | None,
+    as_json: bool,
+    no_progress: bool,
+) -> None:
+    """Compare OUTPUT with the SOURCE that it was made from: structure, config and every value.
+
+    What fp8stream wrote must be equal to the bit; what others wrote, within the format's bound.
+    Works on the CPU. Exits with 1 where something is wrong, and names it.
+
+    \b
+    Example:
+      fp8stream verify Llama-3.1-8B-FP8 --against Llama-3.1-8B
+      fp8stream verify out --against in --json | jq -r '.problems[] | .file + " " + .tensor'
+    """
+    from fp8stream.verify import prepare
+
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(source)
+    layout = ExpertLayout(expert_layout) if expert_layout else None
+    comparison = prepare(checkpoint, output, layout, memory_budget, threads or _cores())
+    with closing(_progress(comparison.bytes_read, 0, no_progress)) as progress:
+        verdict = _verdict(comparison, output, start, progress)
+    with _stdout():
+        if as_json:
+            click.echo(dump(verdict_json(verdict), sys.stdout.isatty()))
+        else:
+            print_verdict(verdict, sys.stdout)
+    if verdict.problems:
+        count, first = len(verdict.problems), verdict.problems[0]
+        where = " ".join(part for part in (first.file, first.tensor) if part) or output
+        problems = "1 problem" if count == 1 else f"{count} problems, the first"
+        raise VerifyError(f"{output}: {problems} in {where}: not what {source} makes")
+
+
+def _verdict(comparison: "Comparison", output: str, start: float, progress: "Progress") -> Verdict:
+    """Compares all values, measured."""
+    import torch
+
+    from fp8stream.device import warm_up
+    from fp8stream.verify import compare_values
+
+    torch.set_num_threads(1)
+    warm_up([torch.device("cpu")])
+    problems, read = list(comparison.problems), 0
+    layers: list[LayerError] = []
+    with PeakMeter() as meter, closing(compare_values(comparison)) as checked:
+        for done in checked:
+            problems += done.problems
+            layers += done.layers
+            read += done.bytes_read
+            progress(done)
+        meter.sample()
+    expectation = comparison.expectation
+    return Verdict(
+        output,
+        comparison.exact,
+        len(expectation.found),
+        read,
+        time.perf_counter() - start,
+        meter.peak,
+        meter.baseline,
+        comparison.workspace.host_bytes,
+        tuple(sorted(problems, key=lambda p: (p.file, p.tensor, p.problem))),
+        tuple(sorted(layers, key=lambda layer: template_and_key(layer.name))),
+        expectation.not_compared,
+    )
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What `quantize` and `inspect` share the options of: what would be done."""
@@ -584,7 +695,7 @@ def _cores() -> int:
 class Progress:
     """What to call for every layer. This one says nothing."""
 
-    def __call__(self, done: "LayerDone") -> None:
+    def __call__(self, done: "LayerDone | Checked") -> None:
         """A layer was written."""
 
     def close(self) -> None:
@@ -607,7 +718,7 @@ class _Bar(Progress):
             file=sys.stderr,
         )
 
-    def __call__(self, done: "LayerDone") -> None:
+    def __call__(self, done: "LayerDone | Checked") -> None:
         with suppress(OSError):
             self._bar.set_description(escape(done.name), refresh=False)
             self._bar.update(done.bytes_read)
@@ -626,7 +737,7 @@ class _Lines(Progress):
         self._done = 0
         self._start = self._last = time.monotonic()
 
-    def __call__(self, done: "LayerDone") -> None:
+    def __call__(self, done: "LayerDone | Checked") -> None:
         self._done += done.bytes_read
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_LINES:

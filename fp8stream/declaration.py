@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from fp8stream.errors import SchemeError
 from fp8stream.names import split_numbers
@@ -174,18 +174,30 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
 def _prove_compressed_tensors(config: Mapping[str, Any], modules: Modules) -> None:
     """Reads `config` as engines do, and compares with `modules`. Raises SchemeError."""
+    for name, expected, found in _read_compressed_tensors(config, modules):
+        _compare(name, expected, found)
+
+
+def _read_compressed_tensors(
+    config: Mapping[str, Any], modules: Modules
+) -> Iterator[tuple[str, Granularity | None, str | None]]:
+    """Every name that engines ask for, the granularity that is true, and the one that they read."""
     ignored = _matcher(config["ignore"])
     groups = [
         (group["weights"]["strategy"], _matcher(group["targets"]), "Linear" in group["targets"])
         for group in config["config_groups"].values()
     ]
+    for granularity, name in _asked(modules):
+        yield name, granularity, None if ignored(name) else _group_of(name, groups)
+
+
+def _asked(modules: Modules) -> Iterator[tuple[Granularity | None, str]]:
+    """The names of linear layers, and those by which engines ask for experts."""
     for name, granularity in modules.linear.items():
-        found = None if ignored(name) else _group_of(name, groups)
-        _compare(name, granularity, found)
+        yield granularity, name
     for module, granularity in modules.experts.items():
-        for name in (f"{module}.0.{leaf}" for leaf in _EXPERT_NAMES):
-            found = None if ignored(name) else _group_of(name, groups)
-            _compare(name, granularity, found)
+        for leaf in _EXPERT_NAMES:
+            yield granularity, f"{module}.0.{leaf}"
 
 
 def _group_of(name: str, groups: Sequence[tuple[str, Callable[[str], bool], bool]]) -> str | None:
@@ -229,9 +241,13 @@ def _refuse(name: str, hit: str | None) -> None:
 
 def _compare(name: str, expected: Granularity | None, found: str | None) -> None:
     if found != (expected.value if expected else None):
-        fact = f"it has {expected.value} scales" if expected else "it stays in 16 bit"
-        read = f"{found} scales" if found else "16 bit"
-        raise SchemeError(_untrue(name, f"{fact}, and would be read as {read}"))
+        raise SchemeError(_untrue(name, _difference(expected, found)))
+
+
+def _difference(expected: Granularity | None, found: str | None) -> str:
+    fact = f"it has {expected.value} scales" if expected else "it stays in 16 bit"
+    read = f"{found} scales" if found else "16 bit"
+    return f"{fact}, and would be read as {read}"
 
 
 def _untrue(name: str, what: str) -> str:
@@ -239,3 +255,59 @@ def _untrue(name: str, what: str) -> str:
         f"module {name!r}: config.json cannot say what becomes of it: {what}; keep all modules "
         "with names like it in 16 bit, with --ignore"
     )
+
+
+def disagreements(declared: object, modules: Modules) -> Iterator[str]:
+    """Where a `quantization_config`, whoever wrote it, says otherwise than what `modules` tells.
+
+    Nothing of one whose method is neither compressed-tensors nor fp8: see `is_understood`.
+    """
+    if not is_understood(declared):
+        return
+    try:
+        fp8 = declared["quant_method"] == "fp8"
+        read = list(_read_fp8(declared, modules) if fp8 else _read_foreign(declared, modules))
+    except (AttributeError, KeyError, TypeError, re.error) as error:
+        yield f"quantization_config cannot be read: {type(error).__name__}: {error}"
+        return
+    for name, expected, found in read:
+        if found != (expected.value if expected else None):
+            yield f"module {name!r}: {_difference(expected, found)}"
+
+
+def is_understood(declared: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a `quantization_config` is of a method whose rules are known here."""
+    methods = ("compressed-tensors", "fp8")
+    return isinstance(declared, Mapping) and declared.get("quant_method") in methods
+
+
+# What `config_groups` may name instead of spelling it out.
+_PRESETS = {"FP8": "tensor", "FP8_DYNAMIC": "channel", "FP8_BLOCK": "block"}
+
+
+def _read_foreign(
+    declared: Mapping[str, Any], modules: Modules
+) -> Iterator[tuple[str, Granularity | None, str | None]]:
+    """As `_read_compressed_tensors`, of a config that leaves out what it may."""
+    groups = {
+        name: {"targets": group, "weights": {"strategy": _PRESETS[name]}}
+        if isinstance(group, list)
+        else group
+        for name, group in declared["config_groups"].items()
+    }
+    config = {"ignore": declared.get("ignore") or [], "config_groups": groups}
+    yield from _read_compressed_tensors(config, modules)
+
+
+def _read_fp8(
+    declared: Mapping[str, Any], modules: Modules
+) -> Iterator[tuple[str, Granularity | None, str | None]]:
+    """What is quantized must not be ignored. What is kept may be known to engines without a word:
+    it must be named only where there is a list that names others."""
+    entries = declared.get("modules_to_not_convert") or declared.get("ignored_layers") or []
+    scheme = Granularity.BLOCK if declared.get("weight_block_size") else Granularity.TENSOR
+    for name, granularity in modules.everything():
+        named = any(re.search(rf"(^|\.){re.escape(e)}(\.|$)", name) for e in entries)
+        if granularity is None and not entries:
+            continue
+        yield name, granularity, None if named else scheme.value

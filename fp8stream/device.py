@@ -76,9 +76,9 @@ class Lane:
         results = torch.empty((count, codes), dtype=torch.uint8, pin_memory=pinned)
         there = [torch.empty_like(pool, device=device) for pool in (sources, results) if apart]
         buffers = zip(sources, results, *(there or (sources, results)), strict=True)
-        quantizer = Quantizer(device, workspace.scratch_elements)
         self.device = device
-        self.slots = tuple(Slot(quantizer, streams, *four) for four in buffers)
+        self.quantizer = Quantizer(device, workspace.scratch_elements)
+        self.slots = tuple(Slot(self.quantizer, streams, *four) for four in buffers)
         self._next = 0
 
     def take(self) -> "Slot":

@@ -7,7 +7,8 @@
     ├── BudgetError       less memory than the least that can work
     ├── DeviceError       the device that was asked for is not there, or ran out of memory
     │   └── DeviceMemoryError   smaller buffers may do
-    └── OutputError       the output cannot be written where it was asked for
+    ├── OutputError       the output cannot be written where it was asked for
+    └── VerifyError       an output is not what its source makes
 
 A message is one line: what is wrong, where (file, tensor), what was expected and found, and what to
 do next. `cli.main` is the one place that turns these into an exit code.
@@ -44,3 +45,7 @@ class DeviceMemoryError(DeviceError):
 
 class OutputError(Fp8StreamError):
     """The output cannot be written where it was asked for."""
+
+
+class VerifyError(Fp8StreamError):
+    """An output is not what its source makes."""

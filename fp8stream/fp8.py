@@ -61,7 +61,7 @@ class Quantizer:
         bits = _BITS[weight.dtype]
         shape = granularity.scale_shape(weight.shape)
         largest = torch.zeros(shape, dtype=bits, device=weight.device)
-        for rows, columns in self._tiles(weight.shape, granularity):
+        for rows, columns in self.tiles(weight.shape, granularity):
             magnitudes = self._magnitudes(weight[rows, columns]).view(bits)
             if granularity is Granularity.BLOCK:
                 largest[_blocks(rows), _blocks(columns)] = _amax_of_blocks(magnitudes)
@@ -80,16 +80,17 @@ class Quantizer:
         Under block granularity a slab that is not the weight's last has a multiple of 128 rows.
         """
         scale = weight_scale(self.amax(weight, granularity)) if scale is None else scale
-        for rows, columns in self._tiles(weight.shape, granularity):
-            tile, tile_codes = weight[rows, columns], codes[rows, columns]
-            wide = self._scratch[: tile.numel()].view(tile.shape).copy_(tile)
-            if granularity is Granularity.BLOCK:
-                part = _widen_blocks(scale[_blocks(rows), _blocks(columns)], tile.shape[1])
-                _encode(_bands(wide), part, _bands(tile_codes))
-            else:
-                part = scale[rows] if granularity is Granularity.CHANNEL else scale
-                _encode(wide, part, tile_codes)
+        for rows, columns in self.tiles(weight.shape, granularity):
+            wide = self.widen(weight[rows, columns])
+            divide(wide, scale_of_tile(scale, granularity, rows, columns), granularity)
+            # A clamp to +-448 would change nothing: with scale >= amax / 448 rounded once, the
+            # quotient is at most 448.00003, which rounds to 448 whether or not the cast saturates.
+            codes[rows, columns].copy_(wide)
         return scale
+
+    def widen(self, tile: Tensor) -> Tensor:
+        """`tile` in float32, in the scratch."""
+        return self._scratch[: tile.numel()].view(tile.shape).copy_(tile)
 
     def _magnitudes(self, tile: Tensor) -> Tensor:
         """|tile| in its own dtype, in the scratch; laid out as `tile` is, so that it streams."""
@@ -98,7 +99,7 @@ class Quantizer:
             return torch.abs(tile, out=flat.view(tile.shape[1], tile.shape[0]).T)
         return torch.abs(tile, out=flat.view(tile.shape))
 
-    def _tiles(self, shape: torch.Size, granularity: Granularity) -> Iterator[tuple[slice, slice]]:
+    def tiles(self, shape: torch.Size, granularity: Granularity) -> Iterator[tuple[slice, slice]]:
         """The parts of a slab that fit the scratch, of whole scale groups or of one tensor's."""
         if granularity is Granularity.BLOCK:
             return self._block_tiles(shape)
@@ -146,13 +147,27 @@ def _blocks(part: slice) -> slice:
     return slice(part.start // BLOCK, -(-part.stop // BLOCK))
 
 
-def _encode(tile: Tensor, scale: Tensor, codes: Tensor) -> None:
-    """`codes` of a float32 `tile`, which is overwritten.
+def scale_of_tile(scale: Tensor, granularity: Granularity, rows: slice, columns: slice) -> Tensor:
+    """What part of a slab's scales is the tile's."""
+    if granularity is Granularity.BLOCK:
+        return scale[_blocks(rows), _blocks(columns)]
+    return scale[rows] if granularity is Granularity.CHANNEL else scale
 
-    A clamp to +-448 would change nothing: with scale >= amax / 448 rounded once, the quotient is at
-    most 448.00003, which rounds to 448 whether or not the cast saturates.
-    """
-    codes.copy_(tile.div_(scale))
+
+def divide(wide: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+    """A float32 tile over its scales, in its place."""
+    if granularity is Granularity.BLOCK:
+        _bands(wide).div_(_widen_blocks(scale, wide.shape[1]))
+        return wide
+    return wide.div_(scale)
+
+
+def multiply(wide: Tensor, scale: Tensor, granularity: Granularity) -> Tensor:
+    """A float32 tile times its scales, in its place."""
+    if granularity is Granularity.BLOCK:
+        _bands(wide).mul_(_widen_blocks(scale, wide.shape[1]))
+        return wide
+    return wide.mul_(scale)
 
 
 def quantize_weight(weight: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:

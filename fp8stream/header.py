@@ -96,6 +96,17 @@ class Shard:
 
 def read_shard(path: Path) -> Shard:
     """Reads and checks the header of one safetensors file. Raises CheckpointError."""
+    header, status = read_header(path)
+    begin = 8 + len(header)
+    tensors = parse_header(header, path, status.st_size - begin, data_begin=begin)
+    return Shard(path.name, status.st_size, status.st_mtime_ns, tensors)
+
+
+def read_header(path: Path) -> tuple[bytes, os.stat_result]:
+    """The header of one safetensors file as it stands, unchecked, and the file's status.
+
+    Raises CheckpointError where there is none.
+    """
     try:
         # A link is followed (the hub cache lays snapshots out as links); a FIFO is never opened.
         mode = path.stat().st_mode
@@ -111,8 +122,7 @@ def read_shard(path: Path) -> Shard:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(header) != length:
         raise CheckpointError(f"{path}: shrank while its header was read; is it still downloading?")
-    tensors = parse_header(header, path, status.st_size - 8 - length, data_begin=8 + length)
-    return Shard(path.name, status.st_size, status.st_mtime_ns, tensors)
+    return header, status
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:

@@ -4,16 +4,20 @@ Sizes follow from the headers, so file names, headers, the weight_map and every 
 final up front. Within a file tensors are ordered by alignment (F32 scales, then BF16 and F16, then
 FP8) and data begins at a multiple of 4096, so that nothing is misaligned without padding, which the
 format forbids. Format: https://github.com/huggingface/safetensors#format.
+
+A header carries a checksum of itself, so that one that was damaged and still reads is told.
 """
 
 import json
 import math
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from json.encoder import encode_basestring_ascii as _quoted
-from typing import Protocol
+from typing import Any, Protocol
 
 from fp8stream.header import DTYPE_BITS, MAX_HEADER_BYTES
 
@@ -21,6 +25,9 @@ PAGE = 4096
 # Kept free in a file for what grows with no tensor: length, metadata, padding up to a page.
 HEADER_ROOM = 2 * PAGE
 INDEX_NAME = "model.safetensors.index.json"
+CHECKSUM_KEY = "crc32"
+_NO_CHECKSUM = "0" * 8
+_CHECKSUM = re.compile(b'"crc32":"([0-9a-f]{8})"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +88,25 @@ class OutputFile:
     @property
     def header(self) -> bytes:
         """What stands before the data: its length, the entries, and blanks up to a page."""
-        entries = [f'"__metadata__":{json.dumps(dict(self.metadata), separators=(",", ":"))}']
+        metadata = {**dict(self.metadata), CHECKSUM_KEY: _NO_CHECKSUM}
+        entries = [f'"__metadata__":{json.dumps(metadata, separators=(",", ":"))}']
         for tensor, offset in zip(self.tensors, self.offsets, strict=True):
             entries.append(_entry(tensor, offset - self.data_begin))
-        text = f"{{{','.join(entries)}}}".encode()
+        text = _with_checksum(f"{{{','.join(entries)}}}".encode())
         return (self.data_begin - 8).to_bytes(8, "little") + text.ljust(self.data_begin - 8)
+
+
+def _with_checksum(text: bytes) -> bytes:
+    """The JSON `text` of a header, its checksum in the place of the zeros that stand for it."""
+    digits = b"%08x" % zlib.crc32(text)
+    return _CHECKSUM.sub(b'"crc32":"%s"' % digits, text, count=1)
+
+
+def has_its_checksum(header: bytes) -> bool:
+    """Whether the JSON of a header, with or without blanks after it, is as it was written."""
+    text = header.rstrip(b" ")
+    blank = _CHECKSUM.sub(b'"crc32":"%s"' % _NO_CHECKSUM.encode(), text, count=1)
+    return _CHECKSUM.search(text) is not None and _with_checksum(blank) == text
 
 
 def entry_room(name: str, sides: int) -> int:
@@ -186,11 +207,20 @@ def _file_name(number: int, count: int) -> str:
 
 
 def index_bytes(files: Sequence[OutputFile]) -> bytes:
-    """The index that goes with several files: total_size and weight_map, sorted by name."""
-    total = sum(tensor.nbytes for file in files for tensor in file.tensors)
+    """The index that goes with several files."""
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
+    return index_text(sum(t.nbytes for file in files for t in file.tensors), weight_map)
+
+
+def index_text(total_size: int, weight_map: Mapping[str, str]) -> bytes:
+    """The index of tensors of `total_size` bytes that lie in these files, sorted by name."""
     entries = ",\n".join(_index_entry(name, weight_map[name]) for name in sorted(weight_map))
-    return (_INDEX_HEAD % total + entries + _INDEX_TAIL).encode()
+    return (_INDEX_HEAD % total_size + entries + _INDEX_TAIL).encode()
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """The output's config.json."""
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 _INDEX_HEAD = '{\n  "metadata": {\n    "total_size": %d\n  },\n  "weight_map": {\n'

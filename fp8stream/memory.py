@@ -19,13 +19,15 @@ SMALLEST_SCRATCH = 128 * 128
 
 @dataclass(frozen=True)
 class BufferSizes:
-    """What a worker's buffers are at best: bytes of a slab, elements of the float32 scratch, slots
-    that take turns; and the bytes below which another worker gains nothing."""
+    """What a worker's buffers are at best: bytes of a slab, elements of the scratch, slots that
+    take turns; the bytes below which another worker gains nothing; and what an element of the
+    scratch takes."""
 
     slab_bytes: int
     scratch_elements: int
     slots: int
     share: int
+    element_bytes: int = 4
 
 
 # A slab and its scratch stay in the caches, and are large enough that Python's share of the time is
@@ -33,6 +35,8 @@ class BufferSizes:
 ON_CPU = BufferSizes(4 * MIB, MIB // 2, 1, 4 * MIB)
 # Large copies, and few launches; while one slot is on the device, the other is read into.
 ON_GPU = BufferSizes(16 * MIB, 4 * MIB, 2, 32 * MIB)
+# Quotients, what codes stand for, and two bytes: see comparison.py.
+TO_VERIFY = BufferSizes(4 * MIB, MIB // 2, 1, 4 * MIB, 10)
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1 << 10 * power for power, unit in enumerate("KMGT", start=1)}
@@ -78,9 +82,9 @@ class SlabDemand:
 class Workspace:
     """The buffers of a run: every byte that `--memory-budget` pays for.
 
-    Each worker owns a float32 scratch and `slots` times a slab of source bytes and one of codes; on
-    a GPU the slots stand twice, in pinned host memory and on the device. `gpus` is how many the
-    workers are dealt to.
+    Each worker owns a scratch of elements of `element_bytes`, and `slots` times a slab of source
+    bytes and one of codes; on a GPU the slots stand twice, in pinned host memory and on the device.
+    `gpus` is how many the workers are dealt to.
     """
 
     workers: int
@@ -89,13 +93,14 @@ class Workspace:
     scratch_elements: int
     slots: int = 1
     gpus: int = 0
+    element_bytes: int = 4
 
     @property
     def host_bytes(self) -> int:
         source, codes = self.slots * self.slab_bytes, self.slots * self.codes_bytes
         if self.gpus:
             return self.workers * (_pinned(source) + _pinned(codes))
-        return self.workers * (source + codes + 4 * self.scratch_elements)
+        return self.workers * (source + codes + self.element_bytes * self.scratch_elements)
 
     @property
     def device_bytes(self) -> int:
@@ -137,12 +142,18 @@ _WORKERS_A_GPU = 8
 _MOST_HALVINGS = 63
 
 
-def plan_workspace(demand: SlabDemand, budget: int, threads: int, gpus: int = 0) -> Workspace:
+def plan_workspace(
+    demand: SlabDemand,
+    budget: int,
+    threads: int,
+    gpus: int = 0,
+    on_cpu: BufferSizes = ON_CPU,
+) -> Workspace:
     """Buffers for as many of `threads` workers as `budget` bytes can feed.
 
     Raises BudgetError, naming the least that works, when not even one worker fits.
     """
-    sizes = ON_GPU if gpus else ON_CPU
+    sizes = ON_GPU if gpus else on_cpu
     least = _workspace(demand, sizes, 1, gpus, _MOST_HALVINGS).total_bytes
     if least > budget:
         raise BudgetError(
@@ -165,7 +176,7 @@ def _workspace(
     slab = _aligned(max(demand.row_bytes, sizes.slab_bytes >> halvings))
     codes = _aligned(slab // demand.itemsize)
     scratch = max(demand.row_elements, SMALLEST_SCRATCH, sizes.scratch_elements >> halvings)
-    return Workspace(workers, slab, codes, scratch, sizes.slots, gpus)
+    return Workspace(workers, slab, codes, scratch, sizes.slots, gpus, sizes.element_bytes)
 
 
 @dataclass(frozen=True)

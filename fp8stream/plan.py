@@ -301,7 +301,7 @@ class Plan:
         for layers in groups.values():
             layers.sort(key=lambda layer: -(layer.nbytes // _LARGE))
         slab_bytes = self.workspace.slab_bytes
-        tasks = (list(_tasks(layers, slab_bytes)) for layers in groups.values())
+        tasks = (list(tasks_of(layers, slab_bytes)) for layers in groups.values())
         return tuple(take_turns(tasks, _FILES_AT_ONCE))
 
     def with_resources(self, resources: Resources) -> "Plan":
@@ -386,7 +386,7 @@ def plan_quantization(
         tensors,
         kinds,
         pack(_modules_of(tensors), resources.max_shard_size, _METADATA),
-        {**checkpoint.config, "quantization_config": declare(scheme, _modules(kinds, tied))},
+        {**checkpoint.config, "quantization_config": declare(scheme, modules_of(tensors, tied))},
         _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
         tied,
@@ -487,7 +487,7 @@ def take_turns(groups: Iterable[Sequence[Task]], at_once: int) -> Iterator[Task]
             active.extend(map(iter, islice(waiting, 1)))
 
 
-def _tasks(layers: Iterable[LayerPlan], slab_bytes: int) -> Iterator[Task]:
+def tasks_of(layers: Iterable[LayerPlan], slab_bytes: int) -> Iterator[Task]:
     """One layer each; small ones that follow each other together, up to a few slabs."""
     together: list[LayerPlan] = []
     size = 0
@@ -553,39 +553,44 @@ def _check_unique(kinds: Sequence[Kind], scheme: Scheme) -> None:
 
 
 def _plan_workspace(kinds: Sequence[Kind], resources: Resources) -> Workspace:
-    demand = _demand(kinds)
+    weights = [kind.treatment.weights(kind.first)[0] for kind in kinds if kind.treatment.count]
+    layers = sum(kind.treatment.count * len(kind.members) for kind in kinds)
+    demand = demand_of(weights, layers)
     return plan_workspace(demand, resources.memory_budget, resources.threads, resources.gpus)
 
 
-def _demand(kinds: Sequence[Kind]) -> SlabDemand:
-    weights = [kind.treatment.weights(kind.first)[0] for kind in kinds if kind.treatment.count]
+def demand_of(weights: Sequence[WeightPlan], layers: int) -> SlabDemand:
+    """What `layers` layers like `weights` ask of a worker's buffers."""
     if not weights:
         return SlabDemand()
     return SlabDemand(
         row_bytes=max(weight.row_bytes * weight.row_multiple for weight in weights),
         row_elements=max(weight.shape[1] for weight in weights),
         itemsize=min(weight.spec.itemsize for weight in weights),
-        layers=sum(kind.treatment.count * len(kind.members) for kind in kinds),
+        layers=layers,
     )
 
 
-def _modules(kinds: Sequence[Kind], tied: bool) -> Modules:
-    """What engines take for linear layers, and the granularity of each."""
+def modules_of(tensors: Iterable[TensorPlan], tied: bool) -> Modules:
+    """What engines take for linear layers, and the granularity of each.
+
+    In the order of the tensors, so that config.json does not depend on how patterns were put.
+    Raises SchemeError where experts that engines take for one are not treated alike.
+    """
     modules = Modules()
     if tied:
         # In no file, but a module of the model: it must be named all the same.
         modules.linear["lm_head"] = None
-    for kind in kinds:
-        known, granularity = kind.treatment.known, kind.treatment.granularity
+    holder = ""
+    for tensor in tensors:
+        spec, known, granularity = tensor.spec, tensor.known, tensor.granularity
         if not known.linear_like:
             continue
-        holder = ""
-        for spec in kind.members:
-            if known.role is Role.EXPERT and not (holder and spec.name.startswith(holder)):
-                holder = f"{expert_module(spec.name)}."
-            # Under another name engines would not know them for experts.
-            if known.role is Role.EXPERT and (holder.endswith("experts.") or known.stacked):
-                modules.add_experts(holder.removesuffix("."), granularity)
-            else:
-                modules.linear[spec.module] = granularity
+        if known.role is Role.EXPERT and not (holder and spec.name.startswith(holder)):
+            holder = f"{expert_module(spec.name)}."
+        # Under another name engines would not know them for experts.
+        if known.role is Role.EXPERT and (holder.endswith("experts.") or known.stacked):
+            modules.add_experts(holder.removesuffix("."), granularity)
+        else:
+            modules.linear[spec.module] = granularity
     return modules

@@ -7,14 +7,15 @@ import io
 import json
 import re
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.clock import Clock
+from fp8stream.expectation import LayerError, Problem
 from fp8stream.memory import MemoryUsage, format_size
 from fp8stream.names import numbers_in, spans
 from fp8stream.parallel import safe_sizes
@@ -33,6 +34,11 @@ SCHEMA = 1
 PIPED_WIDTH = 240
 # Below this the table would break names apart.
 NARROW = 130
+# What of the layers and problems that verify found is shown; --json has all.
+WORST = 10
+BINS = 12
+BAR = 50
+PROBLEMS = 50
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,28 @@ class Result:
     baseline: MemoryUsage
     device_peak: tuple[int, int]
     clock: Clock
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak anonymous host memory over the baseline."""
+        return self.peak.anonymous - self.baseline.anonymous
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found. `planned` is the sum of the buffers, in bytes."""
+
+    output: str
+    exact: bool
+    tensors: int
+    bytes_read: int
+    seconds: float
+    peak: MemoryUsage
+    baseline: MemoryUsage
+    planned: int
+    problems: tuple[Problem, ...]
+    layers: tuple[LayerError, ...]
+    not_compared: tuple[str, ...]
 
     @property
     def host_bytes(self) -> int:
@@ -332,6 +360,116 @@ def _read(result: Result, layers: int) -> str:
     if not result.layers_there:
         return size
     return f"{size}; {result.layers_there:,} of {layers:,} steps were done by an unfinished run"
+
+
+def verdict_json(verdict: Verdict) -> dict[str, Any]:
+    """The document of `verify --json`."""
+    return {
+        "schema": SCHEMA,
+        "ok": not verdict.problems,
+        "compared": "exact" if verdict.exact else "bound",
+        "tensors": verdict.tensors,
+        "bytes_read": verdict.bytes_read,
+        "seconds": round(verdict.seconds, 3),
+        "peak_memory": {
+            "host_anonymous_bytes": verdict.peak.anonymous,
+            "host_resident_bytes": verdict.peak.resident,
+            "baseline_anonymous_bytes": verdict.baseline.anonymous,
+            "device_allocated_bytes": 0,
+            "device_reserved_bytes": 0,
+        },
+        "problems": [asdict(problem) for problem in verdict.problems],
+        "layers": [asdict(layer) for layer in verdict.layers],
+        "not_compared": list(verdict.not_compared),
+    }
+
+
+def print_verdict(verdict: Verdict, stream: TextIO) -> None:
+    """What was compared, the worst layers, how errors are spread, and every problem."""
+    with _console(stream) as console:
+        _print_rows(console, _verdict_rows(verdict))
+        if verdict.layers:
+            console.print()
+            _print_worst(console, verdict.layers)
+            console.print()
+            for line in _histogram([layer.relative_error for layer in verdict.layers]):
+                console.print(line, markup=False, highlight=False)
+        if verdict.problems:
+            console.print()
+        for problem in verdict.problems[:PROBLEMS]:
+            console.print(_problem_line(problem), markup=False, highlight=False, soft_wrap=True)
+        if len(verdict.problems) > PROBLEMS:
+            console.print(f"and {len(verdict.problems) - PROBLEMS} more: see --json")
+
+
+def _verdict_rows(verdict: Verdict) -> list[tuple[str, str]]:
+    how = "to the bit" if verdict.exact else "within the bound of the format: written by another"
+    rate = format_size(verdict.bytes_read / max(verdict.seconds, 1e-9))
+    planned = format_size(verdict.planned)
+    rows = [
+        ("compared", how),
+        ("tensors", f"{verdict.tensors:,}, of them {len(verdict.layers):,} weights in FP8"),
+        ("read", f"{format_size(verdict.bytes_read)} of both"),
+        ("time", f"{verdict.seconds:.1f} s, {rate}/s"),
+        ("peak memory", f"{format_size(verdict.host_bytes)} over the baseline, planned {planned}"),
+        ("problems", f"{len(verdict.problems):,}" if verdict.problems else "none"),
+    ]
+    if verdict.not_compared:
+        count, first = len(verdict.not_compared), verdict.not_compared[0]
+        rows.append(("not compared", f"{count:,} tensors without a source, such as {first}"))
+    return rows
+
+
+def _print_worst(console: "Console", layers: Sequence[LayerError]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    headers = ("worst layers", "relative error", "largest error", "zeros", "saturated", "scales 1")
+    for header in headers:
+        table.add_column(header, justify="left" if header == headers[0] else "right")
+    for layer in sorted(layers, key=lambda layer: -_size(layer.relative_error))[:WORST]:
+        cells = (
+            escape(layer.name),
+            _figure(layer.relative_error, ".5f"),
+            _figure(layer.max_error, ".3g"),
+            f"{100 * layer.zeros:.2f} %",
+            f"{100 * layer.saturated:.2f} %",
+            str(layer.rows_scale_one),
+        )
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _size(value: float | None) -> float:
+    """For an order in which what is no number comes last of all."""
+    return float("inf") if value is None else value
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "not a number" if value is None else format(value, form)
+
+
+def _histogram(values: Sequence[float | None]) -> Iterator[str]:
+    """How many of `values` lie in each of a few ranges of equal width."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return
+    low, high = min(known), max(known)
+    bins = BINS if high > low else 1
+    width = (high - low) / bins
+    places = Counter(min(bins - 1, int((v - low) / width)) if width else 0 for v in known)
+    most = max(places.values())
+    yield "relative error        layers"
+    for place in range(bins):
+        begin, end, count = low + place * width, low + (place + 1) * width, places[place]
+        bar = "#" * -(-BAR * count // most)
+        yield f"{begin:.5f} - {end:.5f}  {count:>6}  {bar}".rstrip()
+
+
+def _problem_line(problem: Problem) -> str:
+    where = ": ".join(escape(part) for part in (problem.file, problem.tensor) if part)
+    return f"{where or 'the output'}: {escape(problem.problem)}"
 
 
 def _print_rows(console: "Console", rows: Sequence[tuple[str, str]]) -> None:

@@ -7,10 +7,9 @@ the others go on.
 """
 
 import math
-import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,11 @@ from fp8stream.errors import CheckpointError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
 from fp8stream.plan import Batch, LayerPlan, Plan, Slab, Task, TensorPlan
-from fp8stream.reader import Reader, ShardReader
+from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity
 from fp8stream.views import Runs
 from fp8stream.weights import WeightPlan
+from fp8stream.work import OpenShard, Stopped, run_workers
 from fp8stream.writer import CheckpointWriter
 
 
@@ -37,9 +37,6 @@ class LayerDone:
     name: str
     bytes_read: int
     bytes_written: int
-
-
-Events = queue.SimpleQueue["LayerDone | BaseException | None"]
 
 
 def stream_layers(
@@ -59,61 +56,21 @@ def stream_layers(
     """
     reader = Reader(checkpoint.directory, checkpoint.shards)
     clock = clock or Clock()
-    queued: queue.SimpleQueue[Task] = queue.SimpleQueue()
-    for task in plan.tasks() if tasks is None else tasks:
-        queued.put(task)
-    events: Events = queue.SimpleQueue()
-    stop = threading.Event()
 
-    def work(device: torch.device) -> None:
-        try:
-            with running_out_of_memory():
-                lane = open_lane(plan.workspace, device)
-                worker = Worker(lane, plan, reader, writer, clock, stop)
-                with torch.inference_mode(), worker:
-                    worker.work(queued, events)
-        except BaseException as error:
-            stop.set()
-            events.put(error)
-        finally:
-            events.put(None)
+    @contextmanager
+    def open_worker(
+        number: int, stop: threading.Event
+    ) -> Iterator[Callable[[Task], Iterator[LayerDone]]]:
+        with running_out_of_memory(), torch.inference_mode():
+            lane = open_lane(plan.workspace, devices[number % len(devices)])
+            with Worker(lane, plan, reader, writer, clock, stop) as worker:
+                yield worker.work
 
-    threads = [
-        threading.Thread(
-            target=work,
-            args=(devices[number % len(devices)],),
-            name=f"fp8stream-{number}",
-            daemon=True,
-        )
-        for number in range(plan.workspace.workers)
-    ]
     try:
-        for thread in threads:
-            thread.start()
-        yield from _until_done(events, len(threads))
+        queued = plan.tasks() if tasks is None else tasks
+        yield from run_workers(queued, plan.workspace.workers, open_worker)
     finally:
-        stop.set()
-        for thread in threads:
-            if thread.ident is not None:  # it may be that not all could be started
-                thread.join()
         reader.give_back()
-
-
-def _until_done(events: Events, workers: int) -> Iterator[LayerDone]:
-    while workers:
-        event = events.get()
-        if isinstance(event, Stopped):
-            continue
-        if isinstance(event, BaseException):
-            raise event
-        if event is None:
-            workers -= 1
-        else:
-            yield event
-
-
-class Stopped(Exception):
-    """A worker was told to stop in the middle of a layer."""
 
 
 class Worker:
@@ -130,32 +87,25 @@ class Worker:
     ) -> None:
         self._lane = lane
         self._slab_bytes = plan.workspace.slab_bytes
-        self._reader = reader
         self._writer = writer
         self._clock = clock
         self._stop = stop
-        self._shards = ExitStack()
-        self._shard: ShardReader | None = None
+        self._source = OpenShard(reader)
         self._in_flight: dict[Slot, Batch] = {}
 
     def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._shards.close()
+        self._source.close()
 
-    def work(self, tasks: "queue.SimpleQueue[Task]", events: Events) -> None:
-        """Converts what `tasks` holds until nothing is left, or it is told to stop."""
-        while not self._stop.is_set():
-            try:
-                task = tasks.get_nowait()
-            except queue.Empty:
-                return
-            self.convert(task)
-            for layer in task.layers:
-                self._writer.finished(layer.number)
-                read = layer.bytes_read(self._slab_bytes)
-                events.put(LayerDone(layer.name, read, layer.bytes_written))
+    def work(self, task: Task) -> Iterator[LayerDone]:
+        """Converts `task`, and says so of each of its layers."""
+        self.convert(task)
+        for layer in task.layers:
+            self._writer.finished(layer.number)
+            read = layer.bytes_read(self._slab_bytes)
+            yield LayerDone(layer.name, read, layer.bytes_written)
 
     def convert(self, task: Task) -> None:
         """Everything of its layers: the weights quantized, the rest copied, all of it written."""
@@ -168,7 +118,7 @@ class Worker:
         spec, done = tensor.spec, 0
         while done < spec.nbytes:
             self._check_stop()
-            shard = self._open(spec.file)
+            shard = self._source.open(spec.file)
             left, buffer = spec.nbytes - done, self._lane.take().source_bytes
             with self._clock.measure(Stage.COPY):
                 done += self._writer.copy(spec.name, done, left, shard, spec.offset + done, buffer)
@@ -218,26 +168,12 @@ class Worker:
         Its pages stay in memory where it will be read `again`.
         """
         self._check_stop()
-        slot, done = self._lane.take(), 0
+        slot = self._lane.take()
         if slot in self._in_flight:
             self._finish(slot)
-        for slab in batch.slabs:
-            spec = slab.weight.spec
-            shard = self._open(spec.file)
-            with self._clock.measure(Stage.READ):
-                shard.read_runs(slot.source_bytes[done : done + slab.nbytes], slab.runs, spec)
-                if not again:
-                    shard.give_back_runs(slab.runs, spec)
-            done += slab.nbytes
+        with self._clock.measure(Stage.READ):
+            self._source.read_batch(batch, slot.source_bytes, again)
         return slot
-
-    def _open(self, file: str) -> ShardReader:
-        """The shard, which stays open until another one is asked for."""
-        if self._shard is None or self._shard.file != file:
-            self._shard = None
-            self._shards.close()
-            self._shard = self._shards.enter_context(self._reader.open(file))
-        return self._shard
 
     def _finish(self, slot: Slot) -> None:
         """Codes and scales of what `slot` holds to their places."""

@@ -16,10 +16,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from fp8stream.checkpoint import Checkpoint, config_bytes
+from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.filling import FillingFile
-from fp8stream.layout import INDEX_NAME, OutputFile, index_bytes
+from fp8stream.layout import INDEX_NAME, OutputFile, config_bytes, index_bytes
 from fp8stream.output import OutputDirectory
 from fp8stream.plan import Written
 from fp8stream.reader import ShardReader

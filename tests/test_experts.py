@@ -201,6 +201,10 @@ def quantize(run: Runner, source: Path, scheme: Scheme, *options: str) -> Output
         *options,
     )
     assert done.code == 0, done
+    stated = options.index("--expert-layout") if "--expert-layout" in options else len(options)
+    layout = options[stated : stated + 2]
+    checked = run("verify", output, "--against", source, "-q", *layout)
+    assert checked.code == 0, checked
     tensors: Tensors = {}
     for file in output.glob("*.safetensors"):
         tensors |= load_file(file)

@@ -13,7 +13,9 @@ import fp8stream
 HOUSE = [
     "__main__",
     "cli",
+    "verify",
     "stream",
+    "work",
     "device",
     "writer",
     "recorder",
@@ -21,6 +23,10 @@ HOUSE = [
     "output",
     "journal",
     "report",
+    "evidence",
+    "foreign",
+    "replan",
+    "expectation",
     "parallel",
     "summary",
     "plan",
@@ -38,6 +44,7 @@ HOUSE = [
     "names",
     "checkpoint",
     "header",
+    "comparison",
     "fp8",
     "scheme",
     "layerwise",
@@ -51,6 +58,9 @@ HOUSE = [
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
     "advice",
+    "expectation",
+    "foreign",
+    "replan",
     "plan",
     "weights",
     "layout",

@@ -1,6 +1,7 @@
 """Files planned from names and sizes alone, against the real parser."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from safetensors import safe_open
 
 from fp8stream.header import MAX_HEADER_BYTES
 from fp8stream.layout import (
+    CHECKSUM_KEY,
     PAGE,
     OutputFile,
     OutputTensor,
     entry_room,
+    has_its_checksum,
     index_bytes,
     pack,
 )
@@ -82,7 +85,7 @@ def test_the_real_parser_reads_every_layout(
     for file in pack(layers, limit, METADATA):
         path = write_zeros(file, directory)
         with safe_open(path, framework="np") as opened:
-            assert opened.metadata() == METADATA
+            assert opened.metadata().keys() == {*METADATA, CHECKSUM_KEY}
             for name in opened.keys():  # noqa: SIM118
                 view = opened.get_slice(name)
                 found[name] = view.get_dtype(), tuple(view.get_shape())
@@ -122,9 +125,11 @@ def test_headers_and_index_are_what_json_writes(
 ) -> None:
     metadata = {"format": "pt", note: note}
     files = pack(layers, limit, metadata)
+    metadata |= {CHECKSUM_KEY: "00000000"}
     for file in files:
-        text = json.dumps(header_of(file, metadata), separators=(",", ":"))
-        assert file.header[8:].rstrip(b" ") == text.encode()
+        text = json.dumps(header_of(file, metadata), separators=(",", ":")).encode()
+        digits = f"{zlib.crc32(text):08x}".encode()
+        assert file.header[8:].rstrip(b" ") == text.replace(b"00000000", digits, 1)
         assert int.from_bytes(file.header[:8], "little") == len(file.header) - 8
     weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
     total = sum(tensor.nbytes for tensor in every(layers))
@@ -159,7 +164,8 @@ def test_an_index_takes_no_more_than_the_headers(layers: list[list[Weight]], lim
 def test_no_entry_takes_more_than_its_room(name: str, sides: list[int]) -> None:
     tensor = OutputTensor(name, "F8_E4M3", (*sides, 0))
     (file,) = pack([[Weight([tensor])]], 10**9, {})
-    entry = file.header[8:].rstrip(b" ").removeprefix(b'{"__metadata__":{}').removesuffix(b"}")
+    metadata = b'{"__metadata__":{"crc32":"00000000"}'
+    entry = file.header[8:].rstrip(b" ")[len(metadata) :].removesuffix(b"}")
     # Offsets are the only numbers left: 20 digits each are more than any file has bytes.
     assert len(entry) + 2 * 19 <= entry_room(name, len(tensor.shape))
 
@@ -239,3 +245,15 @@ def test_no_header_grows_longer_than_readers_take() -> None:
     files = pack([[_Wordy()] for _ in range(5)], 10**12, {})
     assert [len(file.parts) for file in files] == [2, 2, 1]
     assert all(file.data_begin <= MAX_HEADER_BYTES for file in files)
+
+
+@settings(max_examples=50, deadline=None)
+@given(layers=modules(), at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_leaves_a_header_with_its_checksum(
+    layers: list[list[Weight]], at: float, bit: int
+) -> None:
+    header = bytearray(pack(layers, 60_000, METADATA)[0].header[8:])
+    assert has_its_checksum(bytes(header))
+    length = len(header.rstrip(b" "))
+    header[int(at * length)] ^= 1 << bit
+    assert not has_its_checksum(bytes(header))
