@@ -500,7 +500,7 @@ def _model_names(random: Random) -> list[str]:
 
 def _bulky_names(random: Random) -> list[str]:
     """Some hundred KB of names: deep ones, or thousands that differ in more than numbers."""
-    count = random.choice((300, 1000))
+    count = random.choice((300, 1000, 4000))
     part = random.choice(_PARTS[:36])
     return random.choice(
         (
