@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,21 +20,33 @@ from fp8stream.errors import CheckpointError
 from fp8stream.header import (
     LFS_ADVICE,
     LFS_POINTER,
+    MAX_HEADER_BYTES,
     Shard,
     TensorSpec,
     is_unicode,
+    open_regular,
     parse_json,
+    read_at_most,
     read_shard,
     shorten,
+    show,
 )
 
 INDEX_SUFFIX = ".safetensors.index.json"
 DEFAULT_INDEX = "model" + INDEX_SUFFIX
+# Ten million tensors.
+_MAX_INDEX_BYTES = 10 * MAX_HEADER_BYTES
+# No config of a model has a third of these; it is written with an indent, whose blanks would be
+# many times the file where it is nested to the limit of the parser.
+_DEEPEST_CONFIG = 32
 
 _OTHER_WEIGHTS = re.compile(
     r"\.(safetensors|bin|pth?|ckpt|gguf|ggml|h5|msgpack|onnx|onnx_data|tflite|ot|npz|llamafile)$"
-    r"|\.(bin|safetensors)\.index\.json$"
+    r"|\.(bin|safetensors)\.index\.json$",
+    re.IGNORECASE,  # as some file systems are, on which it would stand where ours is to
 )
+# What runs of ours leave for each other.
+_OURS = ".fp8stream-"
 _SKIPPED_DIRECTORIES = {".git", ".cache", "original"}
 _SHARD_NUMBER = re.compile(r"-([0-9]{5,})-of-([0-9]{5,})\.safetensors$")
 
@@ -103,6 +115,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     source = Path(path)
     single = _is_one_file(source, str(path))
+    try:
+        return _open(source, single)
+    except OSError as error:
+        where = shorten(str(error.filename or source))
+        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
+
+
+def _open(source: Path, single: bool) -> Checkpoint:
     directory = source.parent if single else source
     config = _read_config(directory)
     warnings: list[str] = []
@@ -198,8 +218,8 @@ def _find_owners(shards: Sequence[Shard]) -> dict[str, str]:
         for tensor in shard.tensors:
             if tensor.name in owners:
                 raise CheckpointError(
-                    f"{shard.name}: tensor {tensor.name!r} stands in {owners[tensor.name]} too; "
-                    "remove the file that does not belong to the checkpoint"
+                    f"{shard.name}: tensor {show(tensor.name)} stands in {owners[tensor.name]} "
+                    "too; remove the file that does not belong to the checkpoint"
                 )
             owners[tensor.name] = shard.name
     return owners
@@ -273,7 +293,7 @@ def _check_numbers(directory: Path, names: Sequence[str]) -> None:
 
 
 def _read_weight_map(path: Path) -> Mapping[str, str]:
-    index = _parse_index(_read_bytes(path), f"{path}: bad index")
+    index = _parse_index(_read_bytes(path, _MAX_INDEX_BYTES), f"{path}: bad index")
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: bad index: expected a weight_map with tensors in it")
@@ -307,11 +327,11 @@ def _has_all(index: Any, data: bytes) -> bool:
 
 def _check_listed(index: Path, name: str, file: object) -> None:
     """Refuses a `file` that is none, or none beside the index, which lists it for tensor `name`."""
-    where = f"{index}: tensor {shorten(repr(name))}"
+    where = f"{index}: tensor {show(name)}"
     if not isinstance(file, str) or not _is_plain_name(file):
         raise CheckpointError(
             f"{where}: expected the name of a .safetensors file in the same directory, found "
-            f"{shorten(repr(file))}"
+            f"{show(file)}"
         )
     if not os.path.lexists(index.with_name(file)):
         raise CheckpointError(
@@ -332,13 +352,14 @@ def _check_weight_map(
         if owners.get(name) != file:
             found = f"it in {owners[name]}" if name in owners else "no such tensor"
             raise CheckpointError(
-                f"{directory / file}: tensor {name!r}: expected in this file by the index, "
+                f"{directory / file}: tensor {show(name)}: expected in this file by the index, "
                 f"found {found}; the index and the files are not of one checkpoint"
             )
     unlisted = [name for name in owners if name not in weight_map]
     if unlisted:
         warnings.append(
-            f"{len(unlisted)} tensors are in the files but not in the index, such as {unlisted[0]}"
+            f"{len(unlisted)} tensors are in the files but not in the index, such as "
+            f"{shorten(unlisted[0])}"
         )
 
 
@@ -348,17 +369,38 @@ def _read_config(directory: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path}: missing; a checkpoint needs the config.json that it was published with"
         )
-    config = parse_json(_read_bytes(path), f"{path}: broken", strict=False)
+    config = parse_json(_read_bytes(path, MAX_HEADER_BYTES), f"{path}: broken", strict=False)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: broken: expected a JSON object")
+    if _is_deeper(config, _DEEPEST_CONFIG):
+        raise CheckpointError(f"{path}: broken: nested too deep, over {_DEEPEST_CONFIG} levels")
     return config
 
 
-def _read_bytes(path: Path) -> bytes:
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    level = [value]
+    for _ in range(levels + 1):
+        level = [inner for outer in level for inner in _held(outer)]
+    return bool(level)
+
+
+def _held(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    """The file as large as it is found to be: what grows meanwhile is not run after."""
     try:
-        if not path.is_file():
-            raise CheckpointError(f"{path}: expected a regular file")
-        return path.read_bytes()
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > limit:
+                raise CheckpointError(
+                    f"{path}: too large: expected at most {limit} bytes, found {size}"
+                )
+            return read_at_most(stream, size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
@@ -372,20 +414,47 @@ def _find_side_files(
     """
     copied: list[SideFile] = []
     left: list[str] = []
+    outside: list[str] = []
     for path in _walk(directory, left) if recursive else _files(directory):
         name = str(path.relative_to(directory))
         if name in shards or name == "config.json" or name.endswith(INDEX_SUFFIX):
             continue
-        if _OTHER_WEIGHTS.search(name) or not path.is_file():
+        if _is_left(name) or not path.is_file():
             left.append(name)
         else:
             copied.append(SideFile(name, path.stat().st_size))
-            if path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
+            if path.is_symlink() and not _is_beside(path, directory):
+                outside.append(f"{name} -> {os.path.realpath(path)}")
+            if _is_pointer(path):
                 warnings.append(f"{name}: {LFS_ADVICE}; it is copied as it is")
     if left:
-        shown = ", ".join(sorted(left)[:5]) + (", ..." if len(left) > 5 else "")
-        warnings.append(f"not copied to the output: {shown}")
+        warnings.append(f"not copied to the output: {_some(left)}")
+    if outside:
+        warnings.append(f"copied from outside the checkpoint, through links: {_some(outside)}")
     return tuple(sorted(copied, key=lambda file: file.name))
+
+
+def _is_left(name: str) -> bool:
+    """Whether a file or directory holds other weights, or would stand where ours is to."""
+    return bool(_OTHER_WEIGHTS.search(name)) or os.path.basename(name).startswith(_OURS)
+
+
+def _is_beside(path: Path, directory: Path) -> bool:
+    """Whether a link leads to a file of the checkpoint: in it, or a blob of the hub's cache."""
+    target = Path(os.path.realpath(path))
+    return target.parent.name == "blobs" or Path(os.path.realpath(directory)) in target.parents
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer; one that cannot be read is not known to be."""
+    with suppress(OSError, CheckpointError), open_regular(path) as stream:
+        small = os.fstat(stream.fileno()).st_size < 1024
+        return small and read_at_most(stream, len(LFS_POINTER)) == LFS_POINTER
+    return False
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -397,7 +466,7 @@ def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
     for root, folders, files in os.walk(directory, onerror=lambda e: left.append(e.filename)):
         for folder in list(folders):
             path = Path(root) / folder
-            if folder in _SKIPPED_DIRECTORIES or path.is_symlink():
+            if folder in _SKIPPED_DIRECTORIES or path.is_symlink() or _is_left(folder):
                 folders.remove(folder)
                 if folder not in {".git", ".cache"}:
                     left.append(f"{path.relative_to(directory)}/")
@@ -413,13 +482,18 @@ def _quantized_as(config: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> s
             return _describe_quantization(declared) if known else "something not recognised"
     for tensor in tensors:
         if tensor.dtype.startswith(("F8_", "F4", "F6_")):
-            return f"{tensor.dtype} weights such as {tensor.name}, not declared in config.json"
+            weights = f"{tensor.dtype} weights such as {shorten(tensor.name)}"
+            return f"{weights}, not declared in config.json"
         if tensor.name.endswith((".qweight", ".weight_packed", ".weight_scale_inv")):
-            return f"packed weights such as {tensor.name}, not declared in config.json"
+            return f"packed weights such as {shorten(tensor.name)}, not declared in config.json"
     return None
 
 
 def _describe_quantization(declared: Mapping[str, Any]) -> str:
+    return shorten(", ".join(_words_of(declared)))
+
+
+def _words_of(declared: Mapping[str, Any]) -> list[str]:
     words = [str(declared.get("quant_method", "an unnamed method"))]
     if declared.get("format"):
         words.append(str(declared["format"]))
@@ -435,7 +509,7 @@ def _describe_quantization(declared: Mapping[str, Any]) -> str:
         if isinstance(weights, dict):
             kind = f"{weights.get('type')}{weights.get('num_bits')}"
             words.append(f"{kind} {weights.get('strategy')}")
-    return ", ".join(words)
+    return words
 
 
 def _absent(path: str) -> str:

@@ -26,6 +26,9 @@ _ROUTERS = (
 )
 # What holds a whole model: engines drop or change such a name.
 _MODELS = {"model", "transformer", "language_model", "backbone"}
+# No model has a tenth of these; with more, finding and proving patterns would take minutes.
+_MOST_NODES = 300
+_MOST_TRIALS = 100_000
 EXPERTS_TARGET = r"re:.*\.experts(\..*)?$"
 
 
@@ -99,7 +102,7 @@ def _patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
     """Entries that match every module of `wanted`, and none of `others`.
 
     Regular expressions that end at the end of a name, a module standing for all in it, and begin
-    wherever an engine's prefix ends; whole names where there is none.
+    wherever an engine's prefix ends; whole names where there is none, or far too many.
     """
     nodes: dict[tuple[str, ...], list[str]] = defaultdict(list)
     numbers: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -111,6 +114,9 @@ def _patterns(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
             node = template.removesuffix("."), *found[1:]
             numbers[node] |= set(found[:1])
         nodes[node].append(name)
+    templates = {split_numbers(name)[0] for name in others}
+    if len(nodes) > _MOST_NODES or len(nodes) * len(templates) > _MOST_TRIALS:
+        return list(dict.fromkeys(wanted))
     found_patterns = (
         _entries(*node, numbers=numbers[node], wanted=names, others=others)
         for node, names in nodes.items()
@@ -222,9 +228,11 @@ def _prove_fp8(ignored: Sequence[str], modules: Modules, scheme: Scheme) -> None
     for entry in ignored:
         if not re.fullmatch(r"[\w.-]+", entry):
             raise SchemeError(_untrue(entry, "transformers would read its name as an expression"))
+    lengths = sorted({len(entry) for entry in entries}, reverse=True)
     held = "\n".join(entry for entry in ignored if "experts" in entry)
     for name in modules.quantized():
-        _refuse(name, next((name[at:] for at in range(len(name)) if name[at:] in entries), None))
+        tails = (name[-length:] for length in lengths if length <= len(name))
+        _refuse(name, next((tail for tail in tails if tail in entries), None))
         above = (_loose(module) for module in _ancestors([name]))
         _refuse(name, next((loose[module] for module in above if module in loose), None))
         _refuse(name, name if "experts" in name and name in held else None)

@@ -269,13 +269,17 @@ def _sets(classified: Mapping[Family, Classified]) -> list[dict[Family, Classifi
     for family in stacked:
         for tensor in family.members:
             layers[expert_module(tensor.name)].append(id(family))
-    found: dict[tuple[int, ...], dict[Family, Classified]] = defaultdict(dict)
+    together: dict[tuple[int, ...], int] = {}
+    kinds = {
+        module: together.setdefault(tuple(held), len(together)) for module, held in layers.items()
+    }
+    found: dict[int, dict[Family, Classified]] = defaultdict(dict)
     for family in stacked:
-        alike: dict[tuple[int, ...], list[TensorSpec]] = defaultdict(list)
+        alike: dict[int, list[TensorSpec]] = defaultdict(list)
         for tensor in family.members:
-            alike[tuple(layers[expert_module(tensor.name)])].append(tensor)
-        for together, members in alike.items():
-            found[together][family.of(members)] = classified[family]
+            alike[kinds[expert_module(tensor.name)]].append(tensor)
+        for kind, members in alike.items():
+            found[kind][family.of(members)] = classified[family]
     return list(found.values())
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fp8stream.errors import CheckpointError
 from fp8stream.system import never_read_ahead
@@ -108,21 +108,48 @@ def read_header(path: Path) -> tuple[bytes, os.stat_result]:
     Raises CheckpointError where there is none.
     """
     try:
-        # A link is followed (the hub cache lays snapshots out as links); a FIFO is never opened.
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path}: expected a regular file, found {_kind(mode)}")
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             status = os.fstat(stream.fileno())
             never_read_ahead(stream.fileno())
-            first = stream.read(8)
+            first = read_at_most(stream, min(8, status.st_size))
             length = _header_length(path, first, status.st_size)
-            header = stream.read(length)
+            header = read_at_most(stream, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     if len(header) != length:
         raise CheckpointError(f"{path}: shrank while its header was read; is it still downloading?")
     return header, status
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file for reading that is one: what else stands there is never opened nor waited for.
+
+    A link is followed, as the hub's cache lays snapshots out as links. Raises OSError, and
+    CheckpointError for a directory, FIFO, socket or device.
+    """
+    _check_regular(path, path.stat().st_mode)  # as opening a device may do something already
+    stream = open(path, "rb", opener=_open_at_once)  # noqa: SIM115
+    try:
+        _check_regular(path, os.fstat(stream.fileno()).st_mode)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for a writer, should a FIFO have come there since it was looked at."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: expected a regular file, found {_kind(mode)}")
+
+
+def read_at_most(stream: BinaryIO, size: int) -> bytes:
+    """Up to `size` bytes; none where there are none yet, as in some files of the system."""
+    return stream.read(size) or b""
 
 
 def _header_length(path: Path, first: bytes, size: int) -> int:
@@ -244,14 +271,16 @@ def parse_json(data: bytes, where: str, strict: bool = True, unique: bool = True
     except RecursionError as error:
         raise CheckpointError(f"{where}: nested too deep") from error
     except ValueError as error:
-        raise CheckpointError(f"{where}: {shorten(str(error))}") from error
+        # What follows in Python's words on long numbers is advice for its programmers.
+        what = str(error).partition("; use sys.")[0]
+        raise CheckpointError(f"{where}: {shorten(what)}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        raise ValueError(f"the key {show(twice)} stands twice")
     return result
 
 
@@ -273,6 +302,14 @@ def shorten(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
+def show(value: object) -> str:
+    """`value` for a message."""
+    try:
+        return shorten(repr(value))
+    except RecursionError:
+        return "something nested too deep"
+
+
 def is_unicode(text: str) -> bool:
     """Whether `text` has no lone surrogates, which JSON escapes can smuggle in."""
     return not re.search("[\ud800-\udfff]", text)
@@ -281,20 +318,19 @@ def is_unicode(text: str) -> bool:
 def _parse_tensor(
     name: str, entry: Any, path: Path, data_bytes: int, data_begin: int
 ) -> TensorSpec:
-    where = f"{path}: tensor {shorten(repr(name))}"
+    where = f"{path}: tensor {show(name)}"
     if not is_unicode(name):
         raise CheckpointError(f"{where}: the name is not valid Unicode")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        found = shorten(repr(entry))
+        found = show(entry)
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {found}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{where}: unknown dtype {shorten(repr(dtype))}; expected one of "
-            f"{', '.join(DTYPE_BITS)}"
+            f"{where}: unknown dtype {show(dtype)}; expected one of {', '.join(DTYPE_BITS)}"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        found = shorten(repr(offsets))
+        found = show(offsets)
         raise CheckpointError(f"{where}: expected two data_offsets, found {found}")
     size = _size_of(dtype, shape, where)
     begin, end = offsets
@@ -315,19 +351,18 @@ def _size_of(dtype: str, shape: Any, where: str) -> int:
     """Bytes of a tensor, multiplied up in the reference's order and refused where it overflows."""
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise CheckpointError(
-            f"{where}: expected a shape of sizes from 0 to 2^63, found {shorten(repr(shape))}"
+            f"{where}: expected a shape of sizes from 0 to 2^63, found {show(shape)}"
         )
     bits = DTYPE_BITS[dtype]
-    elements = 1
-    for side in shape:
-        elements *= side
-        if elements * bits >= 1 << 64:
-            found = shorten(repr(shape))
-            raise CheckpointError(f"{where}: {dtype} of shape {found} overflows 64 bits")
-    if elements * bits % 8:
-        found = shorten(repr(shape))
+    total = 1
+    for side in (*shape, bits):
+        total *= side
+        if total >= 1 << 64:
+            raise CheckpointError(f"{where}: {dtype} of shape {show(shape)} overflows 64 bits")
+    if total % 8:
+        found = show(shape)
         raise CheckpointError(f"{where}: {dtype} of shape {found} is no whole number of bytes")
-    return elements * bits // 8
+    return total // 8
 
 
 def _is_size(value: object) -> bool:
@@ -345,7 +380,7 @@ def _check_tiling(tensors: Sequence[TensorSpec], path: Path, begin: int, end: in
         if tensor.offset != begin:
             kind = "a hole before" if tensor.offset > begin else "an overlap at"
             raise CheckpointError(
-                f"{path}: {kind} tensor {shorten(repr(tensor.name))}: expected its data at byte "
+                f"{path}: {kind} tensor {show(tensor.name)}: expected its data at byte "
                 f"{begin} of the file, found {tensor.offset}"
             )
         begin += tensor.nbytes

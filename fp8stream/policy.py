@@ -89,11 +89,20 @@ class Names:
         """The tensors that an exact name means: its own, or all that are in a module."""
         exact: dict[str, list[str]] = defaultdict(list)
         for name in self._modules:
+            if name in self._deep:
+                exact[name].append(name)
+                continue
             part = name
             while part:
                 exact[part].append(name)
                 part = part.rpartition(".")[0]
         return exact
+
+    @cached_property
+    def _deep(self) -> dict[str, None]:
+        """The names of so many parts that the modules above them are not all listed."""
+        deep = (family for family in self._families if family.is_deep)
+        return {tensor.name: None for family in deep for tensor in family.members}
 
     def match(self, pattern: str) -> Sequence[str]:
         """The tensors that `pattern` matches. Raises SchemeError when there is none."""
@@ -102,7 +111,8 @@ class Names:
         if pattern.startswith("re:"):
             names = self._match(self._regex(pattern))
         else:
-            names = self._exact.get(pattern, [])
+            below = (name for name in self._deep if name.startswith(f"{pattern}."))
+            names = [*self._exact.get(pattern, ()), *below]
         if not names and not self._is_tied_head(pattern):
             raise SchemeError(
                 f"pattern {pattern!r} matches nothing{_nearest(pattern, list(self._modules))}"

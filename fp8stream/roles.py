@@ -63,7 +63,6 @@ class Classified:
 
 SMALLEST_SIDE = 64
 STACKED_ROWS = "experts stacked into one matrix: no engine loads them in FP8"
-DEEPEST_NAME = 64
 SOURCE_DTYPES = ("BF16", "F16", "F32")
 
 _UNEMBED = re.compile(r"unembed|embed_out|(^|_)(lm_)?head(_|$)|^output$|^decoder$")
@@ -124,9 +123,10 @@ def _past(known: Classified) -> Classified:
 def _classify(family: Family, structure: Structure) -> Classified:
     role, reason = _role(family, structure)
     stacked = role is Role.EXPERT and (len(family.shape) == 3 or family.parameter != "weight")
+    stacked = stacked and not family.is_deep
     fits = family.dtype in SOURCE_DTYPES and min(family.shape, default=0) > 0
-    fits = fits and family.template.count(".") < DEEPEST_NAME
     linear_like = stacked or (family.is_matrix and family not in structure.embeddings)
+    linear_like = linear_like and not family.is_deep  # nor does an engine have such a module
     transposed = structure.is_transposed(family)
     if not reason:
         reason = _objection(family)
@@ -149,7 +149,7 @@ def _recognised(family: Family, role: Role) -> str:
 
 def _objection(family: Family) -> str:
     """Why a projection is kept all the same; empty if it is not."""
-    if family.template.count(".") >= DEEPEST_NAME:
+    if family.is_deep:
         return "nested too deep to be a layer of a model"
     if family.dtype not in SOURCE_DTYPES:
         return f"{family.dtype} is not one of {', '.join(SOURCE_DTYPES)}"
@@ -275,7 +275,7 @@ def _is_router(family: Family, structure: Structure) -> bool:
         return True
     named = bool(_ROUTER.search(family.leaf))
     if family.shape[0] in structure.config.experts:
-        return named or any(map(_EXPERTS.fullmatch, structure.beside(family)))
+        return named or structure.stands_beside(family, _EXPERTS)
     return named and 4 * family.shape[0] < family.shape[1]
 
 

@@ -28,6 +28,10 @@ POSITION = re.compile(r"(^|_)(pos|positions?|positional|wpe|token_type|segment)(
 NORM = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
 
 
+# A name of more parts is not that of a layer, and what is noted of its modules would be the square
+# of its length.
+DEEPEST_NAME = 64
+
 _TIES = "tie_word_embeddings"
 
 
@@ -122,6 +126,11 @@ class Family:
         return tuple(self.module.split(".")) if self.module else ()
 
     @cached_property
+    def is_deep(self) -> bool:
+        """Whether the name has more parts than that of a layer."""
+        return self.template.count(".") >= DEEPEST_NAME
+
+    @cached_property
     def parameter(self) -> str:
         """`weight`, `bias`, or whatever the tensor is called in its module."""
         return self.template.rpartition(".")[2]
@@ -180,24 +189,28 @@ class Structure:
 
     def __init__(self, families: Sequence[Family], config: Config) -> None:
         self.config = config
-        self._shapes: dict[str, dict[str, list[tuple[int, ...]]]] = defaultdict(dict)
+        self._shapes: dict[str, dict[str, set[tuple[int, ...]]]] = defaultdict(dict)
         self._stacks: dict[str, list[Family]] = defaultdict(list)
         for family in families:
-            shapes = self._shapes[family.module].setdefault(family.parameter, [])
-            shapes.append(family.shape)
+            self._shapes[family.module].setdefault(family.parameter, set()).add(family.shape)
             if family.stack is not None:
                 self._stacks[family.stack].append(family)
         self._children: dict[str, dict[str, None]] = defaultdict(dict)
+        self._seen_beside: dict[tuple[str, re.Pattern[str]], bool] = {}
+        self._norm_widths: dict[str, set[tuple[int, ...]]] = {}
         for family in families:
-            self._note_children(family.template)
+            if not family.is_deep:
+                self._note_children(family.template)
         outside = [f for f in families if f.stack is None and len(f.shape) == 2]
         sizes = config.numbers_like(r"(?!type_).*vocab_size.*")
-        self.embeddings = _token_embeddings(outside, sizes)
-        self.heads = [f for f in outside if f.shape[0] in sizes and not EMBEDDING.search(f.leaf)]
+        self.embeddings = dict.fromkeys(_token_embeddings(outside, sizes))
+        heads = (f for f in outside if f.shape[0] in sizes and not EMBEDDING.search(f.leaf))
+        self.heads = dict.fromkeys(heads)
         self.widths = config.widths | {f.shape[1] for f in self.embeddings}
-        anchors = [*self.embeddings, *self.heads]
-        self.language = {stack for anchor in anchors for stack in self._beside(anchor)}
-        self.language = self.language or self._nearest([])
+        holders = {self._holder(anchor) for anchor in (*self.embeddings, *self.heads)}
+        self.language = set[str]().union(*map(self._nearest, holders - {None}))
+        self.language = self.language or self._nearest("")
+        self._is_of_text_alone = self._stacks.keys() <= self.language
         self._depths = {stack: self._depth(stack) for stack in self.language}
         self._transposed = {s for s in self._stacks if self._is_transposed(s)}
 
@@ -210,25 +223,40 @@ class Structure:
             self._children[parent][leaf] = None
             name = parent
 
-    def _beside(self, anchor: Family) -> set[str]:
-        """The stacks nearest to a matrix of the vocabulary: the language model's layers."""
-        above = list(anchor.path[:-1])
-        least = 1 if anchor in self.heads else 0  # the head of any model may lie at the top
-        for length in range(len(above), least - 1, -1):
-            found = self._nearest(above[:length])
-            if found:
-                return found
-        return set()
+    def _holder(self, anchor: Family) -> str | None:
+        """The least module that holds a matrix of the vocabulary and the language model's layers.
 
-    def _nearest(self, above: Sequence[str]) -> set[str]:
+        The head of any model may lie at the top.
+        """
+        above = "" if anchor.is_deep else anchor.module.rpartition(".")[0]
+        while above and above not in self._nearest_stacks:
+            above = above.rpartition(".")[0]
+        return None if not above and (anchor in self.heads or anchor.is_deep) else above
+
+    def _nearest(self, above: str | None) -> set[str]:
         """The stacks least deep below the module `above` that may be the language model's."""
-        depths = {s: s.count(".") for s in self._stacks if self._may_belong(s, above)}
-        nearest = min(depths.values(), default=0)
-        return {stack for stack, depth in depths.items() if depth == nearest}
+        return self._nearest_stacks.get(above or "", set())
 
-    def _may_belong(self, stack: str, above: Sequence[str]) -> bool:
+    @cached_property
+    def _nearest_stacks(self) -> Mapping[str, set[str]]:
+        """For every module, the stacks least deep below it that may be the language model's."""
+        found: dict[str, set[str]] = {}
+        least: dict[str, int] = {}
+        for stack in self._stacks:
+            depth = stack.count(".")
+            if depth >= DEEPEST_NAME or not self._may_belong(stack):
+                continue
+            for above in _modules_above(stack):
+                if depth < least.setdefault(above, depth):
+                    least[above] = depth
+                    found[above] = set()
+                if depth == least[above]:
+                    found.setdefault(above, set()).add(stack)
+        return found
+
+    def _may_belong(self, stack: str) -> bool:
         path = stack.split(".")
-        if path[: len(above)] != list(above) or any(map(TOWER.search, path)):
+        if any(map(TOWER.search, path)):
             return False
         if any(map(PREDICTION.search, path)):
             return False
@@ -251,18 +279,25 @@ class Structure:
         votes = set()
         for family in self._stacks[stack]:
             rows, columns = family.shape if family.is_matrix else (0, 0)
-            for bias in self.neighbours(family.module).get("bias", ()):
-                if rows != columns and bias in ((rows,), (columns,)):
-                    votes.add(bias == (columns,))
+            biases = self.neighbours(family.module).get("bias", set())
+            if rows != columns:
+                votes |= {side == columns for side in (rows, columns) if (side,) in biases}
         return votes == {True}
 
-    def neighbours(self, module: str) -> Mapping[str, list[tuple[int, ...]]]:
+    def neighbours(self, module: str) -> Mapping[str, set[tuple[int, ...]]]:
         """The shapes of the tensors that `module` itself holds, by their names in it."""
         return self._shapes.get(module, {})
 
     def beside(self, family: Family) -> KeysView[str]:
         """The names of the modules and tensors that stand beside the family's module."""
-        return self._children[family.module.rpartition(".")[0]].keys()
+        return self._children.get(family.module.rpartition(".")[0], {}).keys()
+
+    def stands_beside(self, family: Family, name: "re.Pattern[str]") -> bool:
+        """Whether something of such a name stands beside the family's module."""
+        key = family.module.rpartition(".")[0], name
+        if key not in self._seen_beside:
+            self._seen_beside[key] = any(map(name.fullmatch, self.beside(family)))
+        return self._seen_beside[key]
 
     def is_transposed(self, family: Family) -> bool:
         return family.stack in self._transposed
@@ -282,26 +317,41 @@ class Structure:
 
         It changes the width, or a norm comes after it, as in the heads of masked language models.
         """
-        if not family.is_matrix or family in self.heads or self._stacks.keys() - self.language:
+        if not family.is_matrix or family in self.heads or not self._is_of_text_alone:
             return False
         if POSITION.search(family.leaf):
             return False
         inner = self.config.widths
-        outer = {f.shape[1] for f in (*self.embeddings, *self.heads)}
+        outer = self._outer_widths
         if inner.isdisjoint(outer):
             return {*family.shape} <= inner | outer and family.shape[0] != family.shape[1]
         fits = family.shape[1] in inner and family.shape[0] in outer
         return fits and not EMBEDDING.search(family.leaf) and self._is_normed(family)
 
+    @cached_property
+    def _outer_widths(self) -> set[int]:
+        return {f.shape[1] for f in (*self.embeddings, *self.heads)}
+
     def _is_normed(self, family: Family) -> bool:
         """Whether a norm as wide as the family's rows stands in the same module."""
         parent = family.module.rpartition(".")[0]
-        norms = [m for m in self._modules_in(parent) if NORM.search(m.rpartition(".")[2])]
-        return any((family.shape[0],) in self.neighbours(m).get("weight", []) for m in norms)
+        if parent not in self._norm_widths:
+            norms = [m for m in self._modules_in(parent) if NORM.search(m.rpartition(".")[2])]
+            widths = (self.neighbours(module).get("weight", set()) for module in norms)
+            self._norm_widths[parent] = set[tuple[int, ...]]().union(*widths)
+        return (family.shape[0],) in self._norm_widths[parent]
 
     def _modules_in(self, parent: str) -> Iterator[str]:
         for child in self._children.get(parent, ()):
             yield f"{parent}.{child}" if parent else child
+
+
+def _modules_above(name: str) -> Iterator[str]:
+    """`name`, every module that holds it, and the model, whose name is empty."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def _token_embeddings(outside: Sequence[Family], sizes: set[int]) -> list[Family]:
