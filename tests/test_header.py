@@ -278,7 +278,7 @@ def split(content: bytes) -> tuple[bytes, int, int]:
 @settings(max_examples=1000, deadline=None)
 @given(content=st.one_of(good_files(), misdeclared_files(), miswritten_files(), repeating_files()))
 def test_the_fast_way_through_a_header_changes_nothing(content: bytes) -> None:
-    assume(content[8:9] == b"{")
+    assume(split(content)[0].startswith(b"{"))
     assert outcome(parse_header, content) == outcome(_read_strictly, content)
 
 
