@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import safe_open
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.filling import FillingFile
+from fp8stream.header import open_regular, read_at_most
 from fp8stream.layout import INDEX_NAME, OutputFile, config_bytes, index_bytes
 from fp8stream.output import OutputDirectory
 from fp8stream.plan import Written
@@ -202,8 +203,10 @@ class CheckpointWriter:
                 sync_directory(self._content / directory)
 
     def _copy_side_file(self, source: Path, target: Path) -> None:
-        with _opened(source) as data:
-            left = os.fstat(data).st_size  # more, where somebody writes to it, would never end
+        with _failing_to_read(source):
+            data = open_regular(source)
+        with data:
+            left = os.fstat(data.fileno()).st_size  # what somebody still writes to may never end
             with self._directory.failing():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -251,23 +254,9 @@ class CheckpointWriter:
                 raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
 
 
-@contextmanager
-def _opened(source: Path) -> Iterator[int]:
-    """A descriptor of a side file. Raises CheckpointError."""
+def _read_side(data: BinaryIO, length: int, source: Path) -> bytes:
     with _failing_to_read(source):
-        # A FIFO that took the file's place since is not waited for.
-        descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{source}: expected a regular file; it changed since")
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _read_side(descriptor: int, length: int, source: Path) -> bytes:
-    with _failing_to_read(source):
-        return os.read(descriptor, length)
+        return read_at_most(data, length)
 
 
 @contextmanager
