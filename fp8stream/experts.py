@@ -451,14 +451,14 @@ def _sides(family: Family, layout: ExpertLayout) -> tuple[int, int]:
 class _Sizes:
     """What config.json says of the sizes of experts; empty where it says nothing."""
 
-    experts: set[int]
-    hidden: set[int]
-    intermediate: set[int]
+    experts: frozenset[int]
+    hidden: frozenset[int]
+    intermediate: frozenset[int]
 
     @staticmethod
     def of(config: Config | None) -> "_Sizes":
         if config is None:
-            return _Sizes(set(), set(), set())
+            return _Sizes(frozenset(), frozenset(), frozenset())
         return _Sizes(
             config.experts,
             config.widths,

@@ -44,6 +44,7 @@ class Config:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._parts = list(_language_parts(config))
         types = [part.get("model_type") for part in self._parts]
+        self._found: dict[str, frozenset[int]] = {}
         self.model_types = tuple(name for name in types if isinstance(name, str))
 
         self.widths = self.numbers("hidden_size", "n_embd", "d_model", "dim")
@@ -69,19 +70,21 @@ class Config:
         """Whether the model, or one in it, is of one of these types."""
         return not types.isdisjoint(self.model_types)
 
-    def numbers(self, *keys: str) -> set[int]:
+    def numbers(self, *keys: str) -> frozenset[int]:
         """Every positive whole number under one of `keys`."""
         return self.numbers_like("|".join(keys))
 
-    def numbers_like(self, pattern: str) -> set[int]:
+    def numbers_like(self, pattern: str) -> frozenset[int]:
         """Every positive whole number under a key that `pattern` matches whole."""
-        return _numbers(self._parts, re.compile(pattern))
+        if pattern not in self._found:  # asked for each layer, and a config may be long
+            self._found[pattern] = _numbers(self._parts, re.compile(pattern))
+        return self._found[pattern]
 
 
-def _numbers(parts: Sequence[Mapping[str, Any]], keys: "re.Pattern[str]") -> set[int]:
+def _numbers(parts: Sequence[Mapping[str, Any]], keys: "re.Pattern[str]") -> frozenset[int]:
     """Every positive whole number of `parts` under a key that `keys` matches whole."""
     found = (value for part in parts for key, value in part.items() if keys.fullmatch(str(key)))
-    return {value for value in found if type(value) is int and value > 0}
+    return frozenset(value for value in found if type(value) is int and value > 0)
 
 
 def _language_parts(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
@@ -354,7 +357,7 @@ def _modules_above(name: str) -> Iterator[str]:
     yield ""
 
 
-def _token_embeddings(outside: Sequence[Family], sizes: set[int]) -> list[Family]:
+def _token_embeddings(outside: Sequence[Family], sizes: frozenset[int]) -> list[Family]:
     """The matrices with a row for every token; by name and size where config has no match."""
     named = [f for f in outside if EMBEDDING.search(f.leaf) and not POSITION.search(f.leaf)]
     exact = [f for f in named if f.shape[0] in sizes]

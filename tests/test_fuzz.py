@@ -182,6 +182,23 @@ def test_a_pattern_reaches_names_of_very_many_parts() -> None:
     assert time.process_time() - start < SECONDS
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {f"c{n}": {"num_experts": n + 1} for n in range(30_000)},
+        {f"num_experts_{n}": n for n in range(30_000)},
+    ],
+    ids=["configs inside", "keys"],
+)
+def test_a_config_of_very_many_parts_is_planned_at_once(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
+    layers = {f"{LAYER}.x{n}.weight": [64, 64] for n in range(300)}
+    start = time.process_time()
+    planned(open_checkpoint(write(tmp_path, {**EMBEDDING, **layers}, more=keys)), SCHEMES[1])
+    assert time.process_time() - start < SECONDS
+
+
 def nested(levels: int) -> str:
     return "[" * levels + "]" * levels
 
