@@ -7,6 +7,7 @@ changed in a few places, spelled one way or another, and then perhaps changed on
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -466,6 +467,29 @@ _PARTS = (
     *("expert_3", "999999999", "1000000000", "٣", "*", "?", "-1", "", "re:.*", "é", "e\u0301"),
     *("a b", "a\nb", "\x1b[31m", "(", "[", "\\", "a" * 80, "weight_scale", "weight_scale_inv"),
 )
+
+
+def journal_bytes(random: Random) -> bytes:
+    """A journal of an unfinished run, whose lines may be changed and carry the checksum all the
+    same, or be cut, joined or changed behind it."""
+    first = {"journal": 1, "fp8stream": "1", "--ignore": ["a"], "a.safetensors": [1, 2, "c"]}
+    records: list[Any] = [
+        {"layers": [[at, at + random.randint(1, 9)]]} for at in range(random.randint(0, 60))
+    ]
+    values: list[Any] = [first, *records, {"inode": random.randint(0, 1 << 40)}]
+    if random.random() < 0.02:
+        wide = [[at, at + 1] for at in range(random.randint(1, 60_000))]
+        deep = Raw(b'{"layers": ' + b"[" * random.randint(1, 10**6))
+        values.append(random.choice((deep, {"layers": wide}, {"layers": Raw(b"9" * 10**6)})))
+    lines = []
+    for value in values:
+        kept = tree(value)
+        if random.random() < 0.03:
+            kept = changed(random, kept)
+        text = spelled(random, kept)
+        lines.append(b"%08x %s\n" % (zlib.crc32(text), text))
+    content = b"".join(lines)
+    return changed_bytes(random, content) if random.random() < 0.4 else content
 
 
 def model_header(random: Random) -> bytes:

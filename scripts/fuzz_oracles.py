@@ -23,12 +23,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import safetensors
-from fuzz_inputs import config_bytes, header_file, index_bytes, model_header
+from fuzz_inputs import config_bytes, header_file, index_bytes, journal_bytes, model_header
 
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.errors import Fp8StreamError, SchemeError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
 from fp8stream.header import Shard, read_shard
+from fp8stream.journal import parse_journal
 from fp8stream.parallel import edges
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
@@ -463,9 +464,34 @@ def names(directory: Path) -> Kind:
     return Kind(model_header, subject)
 
 
+def journals(directory: Path) -> Kind:
+    """Journals of unfinished runs: no more is believed than lines that are whole say."""
+
+    def subject(data: bytes) -> object:
+        journal = parse_journal(data)
+        return journal, journal.done(1000)
+
+    return Kind(journal_bytes, subject, _judge_journal)
+
+
+def _judge_journal(data: bytes, found: object) -> Verdict:
+    if isinstance(found, Fp8StreamError):
+        return Verdict()
+    assert isinstance(found, tuple)
+    journal, done = found
+    expected: set[int] = set()
+    for line in data[: journal.size].split(b"\n")[:-1]:
+        if b"%08x " % zlib.crc32(line[9:]) != line[:9]:
+            return Verdict("a line was believed whose checksum is wrong")
+        for begin, end in json.loads(line[9:]).get("layers", []):
+            expected |= set(range(begin, end))
+    return Verdict() if done == expected else Verdict("other layers than the lines tell")
+
+
 KINDS: Mapping[str, Callable[[Path], Kind]] = {
     "headers": headers,
     "indexes": indexes,
     "configs": configs,
     "names": names,
+    "journals": journals,
 }

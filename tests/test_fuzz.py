@@ -21,7 +21,7 @@ from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.structure import group, in_order
 from tests.conftest import LLAMA
 
-SHARE = {"headers": 3000, "indexes": 400, "configs": 500, "names": 300}
+SHARE = {"headers": 3000, "indexes": 400, "configs": 500, "names": 300, "journals": 1000}
 # Generous: a machine may be busy. What these tests are for took minutes.
 SECONDS = 5.0
 SCHEMES = [
