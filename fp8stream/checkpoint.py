@@ -171,13 +171,29 @@ def open_damaged(path: str | Path) -> tuple[Checkpoint, tuple[Fault, ...]]:
             shards.append(read_shard(file))
         except CheckpointError as error:
             faults.append(Fault(file.name, str(error)))
+    faults += [Fault(name, f"{directory / name}: missing") for name in _lost(directory)]
     indexes = sorted(file.name for file in directory.glob(f"*{INDEX_SUFFIX}"))
-    if indexes and not faults:
-        faults.append(Fault(indexes[0], str(first)))
-    faults = faults or [Fault("", str(first))]
+    if not faults:
+        faults.append(Fault(indexes[0] if indexes else "", str(first)))
     names = {file.name for file in directory.glob("*.safetensors")}
     side_files = _find_side_files(directory, names, [], recursive=True)
     return Checkpoint(directory, directory, config, tuple(shards), side_files), tuple(faults)
+
+
+_MOST_FILES = 10_000
+
+
+def _lost(directory: Path) -> Iterator[str]:
+    """The files that others of the same numbered set tell of, and that are not there."""
+    for file in sorted(directory.glob("*.safetensors")):
+        number = _SHARD_NUMBER.search(file.name)
+        if number and int(number[2]) <= _MOST_FILES:
+            prefix, total = _SHARD_NUMBER.sub("", file.name), number[2]
+            width = len(number[1])
+            every = (f"{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1))
+            names = (f"{prefix}-{numbers}" for numbers in every)
+            yield from (name for name in names if not (directory / name).exists())
+            return
 
 
 def _is_one_file(source: Path, given: str) -> bool:

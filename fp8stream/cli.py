@@ -168,6 +168,7 @@ def cli() -> None:
     Example:
       fp8stream inspect Llama-3.1-8B
       fp8stream quantize Llama-3.1-8B Llama-3.1-8B-FP8
+      fp8stream verify Llama-3.1-8B-FP8 --against Llama-3.1-8B
     """
 
 

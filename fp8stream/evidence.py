@@ -15,6 +15,8 @@ from fp8stream.header import read_header
 from fp8stream.layout import CHECKSUM_KEY, INDEX_NAME, has_its_checksum, index_text
 
 _CHUNK = 1 << 20
+# Where the metadata of a file of ours stands.
+_BEGIN = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ def open_output(path: str | Path) -> Output:
     checkpoint, faults = open_damaged(path)
     directory = checkpoint.directory
     headers = {shard.name: read_header(directory / shard.name)[0] for shard in checkpoint.shards}
-    ours = any(map(_is_ours, headers.values()))
+    unreadable = [fault.file for fault in faults if fault.file.endswith(".safetensors")]
+    ours = any(map(_is_ours, headers.values())) or any(
+        _may_be_ours(directory / name) for name in unreadable
+    )
     damaged = [name for name, header in headers.items() if not has_its_checksum(header)]
     return Output(
         checkpoint,
@@ -57,6 +62,16 @@ def _is_ours(header: bytes) -> bool:
     """By the metadata; either of its keys may be what is damaged."""
     metadata = json.loads(header).get("__metadata__") or {}
     return not metadata.keys().isdisjoint({"fp8stream", CHECKSUM_KEY})
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a file whose header cannot be read begins like one of ours."""
+    try:
+        with path.open("rb") as stream:
+            begin = stream.read(_BEGIN)
+    except OSError:
+        return False
+    return b'"fp8stream":"' in begin or b'"%s":"' % CHECKSUM_KEY.encode() in begin
 
 
 def _bytes_of(path: Path) -> bytes:

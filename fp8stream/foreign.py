@@ -187,7 +187,8 @@ class _Match:
             found = f"source is {weight.spec.dtype}, not one of {', '.join(SOURCE_DTYPES)}"
             return self._problem(self.found[weight.codes.name], f"cannot be compared: its {found}")
         self.granularities[weight.spec.name] = weight.granularity
-        self.weights.append(weight)
+        if weight.spec.numel:
+            self.weights.append(weight)
 
     def _problem(self, spec: TensorSpec, problem: str) -> None:
         self.problems.append(Problem(spec.file, spec.name, problem))

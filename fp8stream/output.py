@@ -73,6 +73,11 @@ def work_directory(output: Path) -> Path:
     return output.with_name(output.name + WORK_SUFFIX)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether `path` is where a run has not put its output in place yet, or the output in there."""
+    return any(part.name.endswith(WORK_SUFFIX) for part in (path, path.parent))
+
+
 def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
     directory = Path(os.path.realpath(checkpoint.directory))
     if target in (directory, Path(os.path.realpath(checkpoint.path))):

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from fp8stream.foreign import expect_foreign
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.header import TensorSpec
 from fp8stream.memory import TO_VERIFY, Workspace, plan_workspace
+from fp8stream.output import is_unfinished
 from fp8stream.plan import Batch, Slab, Task, demand_of, tasks_of
 from fp8stream.reader import Reader
 from fp8stream.replan import expect_ours
@@ -89,6 +91,8 @@ def prepare(
             f"{source.path}: already quantized ({source.quantized_as}); expected the checkpoint in "
             "BF16, F16 or F32 that the output was made from"
         )
+    if is_unfinished(Path(output)):
+        raise CheckpointError(f"{output}: an unfinished run's; run quantize to its end first")
     there = open_output(output)
     expect = expect_ours if there.ours else expect_foreign
     expectation = expect(source, there.checkpoint, there.config, there.whole, layout)
@@ -189,7 +193,8 @@ class _Sums:
         """What was found in the rows `part` of a slab that begins at `first_row` of the weight."""
         self.squares += float(rows.weight[part].sum())
         self.error += float(rows.error[part].sum())
-        self.largest = max(self.largest, float(rows.largest[part].amax()))
+        largest = float(rows.largest[part].amax())
+        self.largest = max(self.largest, largest) if largest == largest else largest
         self.zeros += int(rows.zeros[part].sum())
         self.saturated += int(rows.saturated[part].sum())
         wrong = rows.wrong[part]
@@ -299,7 +304,7 @@ class _Checker:
             if _same_bits(wanted, scale) or not is_finite(wanted):
                 break
             scale = wanted
-        for name, each in sums.items():
+        for name, each in sums.items() if is_finite(wanted) else ():
             self._compare_scales(each, wanted, stored[name], 0)
         return sums
 
