@@ -11,7 +11,7 @@ from pathlib import Path
 from fp8stream.checkpoint import Checkpoint, Fault, open_damaged
 from fp8stream.errors import CheckpointError
 from fp8stream.expectation import Problem
-from fp8stream.header import read_header
+from fp8stream.header import open_regular, read_at_most, read_header
 from fp8stream.layout import CHECKSUM_KEY, INDEX_NAME, has_its_checksum, index_text
 
 _CHUNK = 1 << 20
@@ -67,9 +67,9 @@ def _is_ours(header: bytes) -> bool:
 def _may_be_ours(path: Path) -> bool:
     """Whether a file whose header cannot be read begins like one of ours."""
     try:
-        with path.open("rb") as stream:
-            begin = stream.read(_BEGIN)
-    except OSError:
+        with open_regular(path) as stream:
+            begin = read_at_most(stream, _BEGIN)
+    except (OSError, CheckpointError):
         return False
     return b'"fp8stream":"' in begin or b'"%s":"' % CHECKSUM_KEY.encode() in begin
 
@@ -148,7 +148,7 @@ def _first_difference(one: Path, other: Path) -> int | None:
     """The first byte in which two files differ; None if they are the same."""
     done = 0
     try:
-        with one.open("rb") as first, other.open("rb") as second:
+        with open_regular(one) as first, open_regular(other) as second:
             while True:
                 parts = first.read(_CHUNK), second.read(_CHUNK)
                 if parts[0] != parts[1]:
