@@ -307,15 +307,21 @@ class OutputDirectory:
             self._journal = self._lock = -1
 
     def _discard(self) -> None:
-        """Empties the directory. What was to be replaced goes back, if it was moved aside."""
+        """Empties the directory. What was to be replaced goes back, if it was moved aside.
+
+        Of an output that is in place the journal goes last: by it the same command knows that.
+        """
         replaced, aside = self.work / _REPLACED, self.work / _NEW_JOURNAL
         if replaced.exists() and not self.output.exists():
             replaced.rename(self.output)
-        # Not a journal any more, or a run could go on from what an interruption leaves of this; and
-        # last, so that the directory is still known as ours.
-        with suppress(FileNotFoundError):
-            (self.work / JOURNAL).rename(aside)
-        for left in sorted(self.work.iterdir(), key=lambda path: path == aside):
+        last = self.work / JOURNAL
+        if not self.in_place:
+            # Not a journal any more, or a run could go on from what an interruption leaves of this;
+            # and last, so that the directory is still known as ours.
+            with suppress(FileNotFoundError):
+                last.rename(aside)
+            last = aside
+        for left in sorted(self.work.iterdir(), key=lambda path: path == last):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:

@@ -395,6 +395,24 @@ def test_killed_when_only_tidying_up_was_left(
         assert (contents(tmp_path / "out") != before) == overwrite
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_stopped_while_tidying_up_the_same_command_tidies_up(
+    tmp_path: Path, run: Runner, llama: Path, overwrite: bool
+) -> None:
+    """The journal is the last that goes: without it nobody knows that no more was left to do."""
+    options = ["--overwrite"] if overwrite else []
+    if overwrite:
+        assert run("quantize", llama, tmp_path / "out", "--scheme", "tensor").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: None)
+        patch.setattr(Path, "unlink", lambda path: None)
+        assert run("quantize", llama, tmp_path / "out", *options).code == 0
+    assert (tmp_path / PARTIAL / "journal").exists()
+    done = run("quantize", llama, tmp_path / "out", *options, "--json")
+    assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+    assert not (tmp_path / PARTIAL).exists()
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
