@@ -227,6 +227,7 @@ class OutputDirectory:
         before = None if self._restart else _read_journal(self.work)
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
+            sync_directory(self.output.parent)
         elif before and before.layers:
             self._check_left(before)
             os.truncate(self.work / JOURNAL, before.size)
@@ -355,8 +356,9 @@ class OutputDirectory:
                 f"{self.output}: could not be put in place: {error.strerror}; the finished output "
                 f"is {self.content}: move it where you want it, or run again"
             ) from error
-        self.in_place = True
+        # Before anything is tidied up, or after a failure the same command would find no journal.
         sync_directory(self.output.parent)
+        self.in_place = True
 
 
 def _lock_directory(work: Path) -> int:

@@ -1,5 +1,6 @@
 """A run that was stopped goes on, and its end is that of one that never was; or it says why not."""
 
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8stream import device, recorder, stream
+from fp8stream import device, output, recorder, stream
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import DeviceMemoryError, OutputError
 from fp8stream.experts import ExpertForm, ExpertOptions
@@ -410,6 +411,25 @@ def test_stopped_while_tidying_up_the_same_command_tidies_up(
     assert (tmp_path / PARTIAL / "journal").exists()
     done = run("quantize", llama, tmp_path / "out", *options, "--json")
     assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    real = output.sync_directory
+
+    def fail(path: Path) -> None:
+        if path == tmp_path and (tmp_path / "out").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "sync_directory", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+        assert (failed.code, "goes on" in failed.err) == (1, True)
+        assert run("quantize", llama, tmp_path / "out").code == 1
+    assert run("quantize", llama, tmp_path / "out").code == 0
     assert not (tmp_path / PARTIAL).exists()
 
 
