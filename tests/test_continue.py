@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fp8stream import device, output, recorder, stream
 from fp8stream.checkpoint import open_checkpoint
@@ -431,6 +432,21 @@ def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
         assert run("quantize", llama, tmp_path / "out").code == 1
     assert run("quantize", llama, tmp_path / "out").code == 0
     assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to open file"), SafetensorError("bad")])
+def test_an_output_that_cannot_be_read_again_is_one_clear_error(
+    tmp_path: Path, run: Runner, llama: Path, error: Exception
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fp8stream.writer.safe_open", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+    assert (failed.code, f"cannot be read again: {error}" in failed.err) == (1, True)
+    assert "FP8STREAM_DEBUG" not in failed.err
+    assert run("quantize", llama, tmp_path / "out").code == 0
 
 
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
