@@ -45,14 +45,17 @@ def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: b
 
     Refused: an output that exists (unless it is an empty directory, or a checkpoint and `overwrite`
     says so), one inside the source or around any file of it, the current directory, a mount point,
-    an unwritable place, a disk with less than `needed` bytes free.
+    an unwritable place, a disk with less than `needed` bytes free, unless all that is left of a run
+    is to tidy up.
     """
     target = Path(os.path.realpath(output))
     if not target.name:
         raise OutputError(f"{output}: OUTPUT has no name; give a directory below it")
     try:
         _check_apart(target, checkpoint)
-        if not _was_put_in_place(target):
+        if _was_put_in_place(target):
+            needed = 0
+        else:
             _check_absent(target, overwrite)
         parent = next(path for path in target.parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
