@@ -346,6 +346,7 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
+        _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
         self._append(publishing_line(self.content.stat().st_ino))
         self._finished = True

@@ -452,6 +452,38 @@ def test_an_output_that_cannot_be_read_again_is_one_clear_error(
     assert run("quantize", llama, tmp_path / "out").code == 0
 
 
+@pytest.mark.parametrize("came", ["a file", "a directory", "a checkpoint"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_be_at_the_output_meanwhile_is_not_replaced(
+    tmp_path: Path, run: Runner, llama: Path, overwrite: bool, came: str
+) -> None:
+    """Unless it is a checkpoint, and was to be."""
+    options = ["--overwrite"] if overwrite else []
+    real = CheckpointWriter._give_back
+
+    def come(self: CheckpointWriter) -> None:
+        real(self)
+        if came == "a file":
+            (tmp_path / "out").write_text("precious")
+        elif came == "a directory":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "precious").write_text("precious")
+        else:
+            shutil.copytree(llama, tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "_give_back", come)
+        done = run("quantize", llama, tmp_path / "out", *options)
+    if overwrite and came == "a checkpoint":
+        assert done.code == 0
+        return
+    assert (done.code, "goes on" in done.err) == (1, True)
+    there = tmp_path / "out"
+    assert there.read_text() == "precious" if came == "a file" else len(contents(there)) > 0
+    there.rename(tmp_path / "elsewhere")
+    assert run("quantize", llama, tmp_path / "out", *options).code == 0
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
