@@ -210,6 +210,7 @@ class OutputDirectory:
         self._lock = -1
         self._journal = -1
         self._recorded: set[int] = set()
+        self._begun = False
         self._finished = False
         self._appending = threading.Lock()
 
@@ -221,7 +222,8 @@ class OutputDirectory:
             try:
                 self._begin()
             except BaseException:
-                self._close()
+                # What is there may be an unfinished run; all of it is ours only once we began.
+                (self.__exit__ if self._begun else self._close)()
                 raise
         return self
 
@@ -252,6 +254,7 @@ class OutputDirectory:
     def _start(self) -> None:
         if self._before is None:
             self._discard()
+            self._begun = True
             write_file(self.work / _NEW_JOURNAL, first_line(self._now))
             (self.work / _NEW_JOURNAL).rename(self.work / JOURNAL)
             self.content.mkdir()

@@ -484,6 +484,19 @@ def test_what_came_to_be_at_the_output_meanwhile_is_not_replaced(
     assert run("quantize", llama, tmp_path / "out", *options).code == 0
 
 
+def test_a_run_that_fails_to_begin_leaves_nothing(tmp_path: Path, run: Runner, llama: Path) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "write_file", fail)
+        failed = run("quantize", llama, tmp_path / "new" / "out")
+    assert (failed.code, "disk is full" in failed.err) == (1, True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
