@@ -258,9 +258,9 @@ class OutputDirectory:
             write_file(self.work / _NEW_JOURNAL, first_line(self._now))
             (self.work / _NEW_JOURNAL).rename(self.work / JOURNAL)
             self.content.mkdir()
-        for directory in (self.work, *self._made, self.work.parent):
-            if directory.exists():
-                sync_directory(directory)
+        # The name of each that was made stands in the one above it.
+        for directory in (self.work, self.work.parent, *(path.parent for path in self._made)):
+            sync_directory(directory)
         self._journal = os.open(self.work / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def done(self, layers: int) -> frozenset[int]:

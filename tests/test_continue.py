@@ -497,6 +497,18 @@ def test_a_run_that_fails_to_begin_leaves_nothing(tmp_path: Path, run: Runner, l
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_names_of_all_that_is_made_are_synced(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = output.sync_directory
+    monkeypatch.setattr(output, "sync_directory", lambda path: (synced.append(path), real(path)))
+    assert run("quantize", llama, tmp_path / "a" / "b" / "out").code == 0
+    for made in ("a", "a/b", "a/b/out.fp8stream-partial", "a/b/out.fp8stream-partial/output"):
+        assert (tmp_path / made).parent in synced
+    assert synced[-1] == tmp_path / "a" / "b"
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
