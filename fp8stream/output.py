@@ -132,7 +132,8 @@ def _left_behind(work: Path) -> int:
 
 
 def _read_journal(work: Path) -> Journal | None:
-    """The journal of an unfinished run. Raises OutputError for one that no run wrote."""
+    """The journal of an unfinished run. Raises OutputError for one that no run wrote, or that cannot
+    be read."""
     path = work / JOURNAL
     try:
         status = path.lstat()
@@ -141,6 +142,8 @@ def _read_journal(work: Path) -> Journal | None:
         return parse_journal(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
     except OutputError as error:
         raise OutputError(_damaged(work, error)) from error
 

@@ -509,6 +509,27 @@ def test_the_names_of_all_that_is_made_are_synced(
     assert synced[-1] == tmp_path / "a" / "b"
 
 
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--overwrite"]])
+def test_a_journal_that_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    source = stopped(tmp_path, run)
+    real = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "journal":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        failed = run("quantize", source, tmp_path / "out", *options)
+    assert failed.code == (0 if "--dry-run" in options else 1)
+    assert "journal: cannot be read: Input/output error" in failed.err
+    assert "FP8STREAM_DEBUG" not in failed.err
+    assert run("quantize", source, tmp_path / "out").code == 0
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
