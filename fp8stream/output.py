@@ -126,9 +126,10 @@ def _check_absent(target: Path, overwrite: bool) -> None:
 
 def _left_behind(work: Path) -> int:
     """Bytes that an unfinished run left: going on needs them no more, and a new run frees them."""
-    if not (work / JOURNAL).exists():
-        return 0
-    return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
+    with suppress(FileNotFoundError):  # another run is at work there, and will be told of
+        if (work / JOURNAL).exists():
+            return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
+    return 0
 
 
 def _read_journal(work: Path) -> Journal | None:
@@ -375,7 +376,10 @@ def _lock_directory(work: Path) -> int:
     """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
     while True:
         _make_work(work)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # as below
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -396,7 +400,9 @@ def _make_work(work: Path) -> None:
     try:
         work.mkdir()
     except FileExistsError:
-        if work.is_symlink() or not work.is_dir() or not _is_ours(os.listdir(work)):
+        with suppress(FileNotFoundError):  # the run that had it has just removed it
+            if stat.S_ISDIR(work.lstat().st_mode) and _is_ours(os.listdir(work)):
+                return
             raise OutputError(
                 f"{work}: in the way: expected nothing, or what an unfinished run left; look at "
                 "it, then move or remove it"

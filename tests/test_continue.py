@@ -541,6 +541,25 @@ def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -
     assert run("quantize", llama, tmp_path / "out").code == 0
 
 
+@pytest.mark.parametrize("where", ["listdir", "open"])
+def test_a_directory_that_another_run_removes_meanwhile_is_made_anew(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    real = getattr(os, where)
+    removed: list[Path] = []
+
+    def remove(path: object, *arguments: int, **options: int) -> object:
+        if path == tmp_path / PARTIAL and not removed:
+            removed.append(tmp_path / PARTIAL)
+            (tmp_path / PARTIAL).rmdir()
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, where, remove)
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert removed
+
+
 def test_what_was_replaced_goes_back_when_a_run_is_discarded(
     tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
