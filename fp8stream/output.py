@@ -259,6 +259,7 @@ class OutputDirectory:
         if self._before is None:
             self._discard()
             self._begun = True
+            _check_absent(self.output, self._overwrite)  # it may be what went back
             write_file(self.work / _NEW_JOURNAL, first_line(self._now))
             (self.work / _NEW_JOURNAL).rename(self.work / JOURNAL)
             self.content.mkdir()

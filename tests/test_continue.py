@@ -572,6 +572,16 @@ def test_what_was_replaced_goes_back_when_a_run_is_discarded(
     assert (tmp_path / "out" / "precious").read_text() == "years of work"
 
 
+def test_what_goes_back_is_not_in_the_way_when_all_is_done(tmp_path: Path, run: Runner) -> None:
+    """But at once: without --overwrite nothing may be put in its place."""
+    source = stopped(tmp_path, run)
+    shutil.copytree(source, tmp_path / PARTIAL / "replaced")
+    refused = run("quantize", source, tmp_path / "out", "--restart")
+    assert (refused.code, "exists already" in refused.err) == (1, True)
+    assert contents(tmp_path / "out") == contents(source)
+    assert not (tmp_path / PARTIAL).exists()
+
+
 def test_a_recorder_records_nothing_that_was_not_synced_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
