@@ -329,7 +329,7 @@ def test_a_damaged_journal_is_refused_until_restart(
 
 def test_a_journal_cut_at_any_byte_says_less_and_never_more() -> None:
     head, one, two = first_line({"a": "\0\r\n é"}), layers_line([0, 1, 5]), layers_line([2])
-    whole = head + one + two + publishing_line(7)
+    whole = head + one + two + publishing_line(7, 8)
     for size in range(len(whole) + 1):
         if size < len(head):
             with pytest.raises(OutputError, match="first line is damaged"):
@@ -528,6 +528,20 @@ def test_a_journal_that_cannot_be_read_is_one_clear_error(
     assert "journal: cannot be read: Input/output error" in failed.err
     assert "FP8STREAM_DEBUG" not in failed.err
     assert run("quantize", source, tmp_path / "out").code == 0
+
+
+def test_a_directory_that_got_the_number_of_the_output_is_not_taken_for_it(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    """Killed before all was tidied up; then somebody removed the output, and made another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "__exit__", lambda self, *error: self._close())
+        assert run("quantize", llama, tmp_path / "out").code == 0
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()  # the directory stays: no file system promises another number, or the same
+    shutil.copytree(llama, tmp_path / "out", dirs_exist_ok=True)
+    refused = run("quantize", llama, tmp_path / "out")
+    assert (refused.code, "exists already" in refused.err) == (1, True)
 
 
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
