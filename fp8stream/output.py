@@ -135,8 +135,10 @@ def _left_behind(work: Path) -> int:
 
 
 def _read_journal(work: Path) -> Journal | None:
-    """The journal of an unfinished run. Raises OutputError for one that no run wrote, or that cannot
-    be read."""
+    """The journal of an unfinished run.
+
+    Raises OutputError for one that no run wrote, or that cannot be read.
+    """
     path = work / JOURNAL
     try:
         status = path.lstat()

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from fp8stream import device, output, recorder, stream
+from fp8stream import device, output, recorder, stream, system
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import DeviceMemoryError, OutputError
 from fp8stream.experts import ExpertForm, ExpertOptions
@@ -419,7 +419,7 @@ def test_stopped_while_tidying_up_the_same_command_tidies_up(
 def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
     tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = output.sync_directory
+    real = system.sync_directory
 
     def fail(path: Path) -> None:
         if path == tmp_path and (tmp_path / "out").exists():
@@ -501,8 +501,13 @@ def test_the_names_of_all_that_is_made_are_synced(
     tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    real = output.sync_directory
-    monkeypatch.setattr(output, "sync_directory", lambda path: (synced.append(path), real(path)))
+    real = system.sync_directory
+
+    def sync(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(output, "sync_directory", sync)
     assert run("quantize", llama, tmp_path / "a" / "b" / "out").code == 0
     for made in ("a", "a/b", "a/b/out.fp8stream-partial", "a/b/out.fp8stream-partial/output"):
         assert (tmp_path / made).parent in synced
