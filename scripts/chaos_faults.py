@@ -108,7 +108,8 @@ def codes(call: Call, fault: Fault) -> set[int]:
         return {-signal.SIGKILL, 0}
     if fault.action is Action.SIGNAL:
         return {128 + fault.value, 0}
-    harmless = fault.value == errno.EINTR or (call.kind, fault.value) in {
+    interrupted = fault.value == errno.EINTR and call.kind in _INTERRUPTIBLE
+    harmless = interrupted or (call.kind, fault.value) in {
         (Kind.COPY, errno.EINVAL),
         (Kind.EXCHANGE, errno.EINVAL),
         (Kind.RANGE, errno.EINVAL),
