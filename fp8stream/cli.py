@@ -392,8 +392,9 @@ def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[O
     with directory:
         try:
             yield directory
-        except BaseException:
-            if directory.kept:
+        except BaseException as error:
+            # Whoever is told to discard it is not told that it goes on.
+            if directory.kept and "--restart" not in str(error):
                 notes.append(
                     f"what is done is kept in {directory.work}: the same command goes on, "
                     "--restart discards it"

@@ -244,7 +244,6 @@ class OutputDirectory:
             sync_directory(self.output.parent)
         elif before and before.layers:
             self._check_left(before)
-            os.truncate(self.work / JOURNAL, before.size)
             self._before = before
         if not self.in_place:
             # Again, now that nobody else can put something there.
@@ -272,6 +271,9 @@ class OutputDirectory:
         for directory in (self.work, self.work.parent, *(path.parent for path in self._made)):
             sync_directory(directory)
         self._journal = os.open(self.work / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        if self._before:
+            # By descriptor, as Python does that again where a signal cuts it short.
+            os.ftruncate(self._journal, self._before.size)
 
     def done(self, layers: int) -> frozenset[int]:
         """The numbers of those of so many layers that are on disk already. Raises OutputError."""
