@@ -8,15 +8,13 @@ and 143 interrupted.
 import gc
 import os
 import re
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
@@ -58,6 +56,7 @@ from fp8stream.report import (
     verdict_json,
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.signals import Signalled, Signals
 from fp8stream.structure import Config
 from fp8stream.system import may_have_gpu
 
@@ -72,6 +71,14 @@ F = TypeVar("F", bound=Callable[..., object])
 DEFAULT_BUDGET = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
 SECONDS_BETWEEN_LINES = 30
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command shares with `main`: `notes` are for whoever reads of a failure."""
+
+    signals: Signals
+    notes: list[str] = field(default_factory=list)
 
 
 def _size(context: click.Context, option: click.Parameter, value: str) -> int:
@@ -282,7 +289,7 @@ def inspect(
 @click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
 @click.pass_obj
 def quantize(
-    notes: list[str],
+    process: Process,
     /,
     source: str,
     output: str,
@@ -327,10 +334,12 @@ def quantize(
             _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
-    with _kept_on_failure(OutputDirectory(target, now(), overwrite, restart), notes) as directory:
+    with _kept_on_failure(
+        OutputDirectory(target, now(), overwrite, restart), process.notes
+    ) as directory:
         plan, resources, devices = _for_device(plan, resources, device)
         _warn(plan.warnings)
-        job = _Job(checkpoint, plan, resources, devices, directory)
+        job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
         result = job.run(output, no_progress)
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
@@ -411,6 +420,7 @@ class _Job:
     resources: Resources
     devices: "tuple[torch.device, ...]"
     directory: OutputDirectory
+    signals: Signals
 
     def run(self, output: str, no_progress: bool) -> Result:
         """Converts what is not on disk yet, with smaller buffers where memory runs out."""
@@ -461,9 +471,9 @@ class _Job:
                 for layer in layers:
                     read += layer.bytes_read
                     progress(layer)
+                    self.signals.check()
             meter.sample()
-            _stop_listening()
-            writer.commit(self.plan.config)
+            writer.commit(self.plan.config, self.signals.too_late)
         seconds = time.perf_counter() - start
         return self._result(output, seconds, read, len(done), meter.peak, meter.baseline, clock)
 
@@ -761,57 +771,15 @@ def _progress(total: int, there: int, hidden: bool) -> Progress:
     return _Bar(total, there) if sys.stderr.isatty() else _Lines(total, there)
 
 
-class _Signalled(BaseException):
-    """A signal came that asks us to stop."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _StopOnce:
-    """Raises at the first signal. A second ends the process at once: whatever a run has on record
-    outlives that as it does a power cut."""
-
-    def __init__(self) -> None:
-        self._stopping = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
-            os._exit(128 + number)
-        self._stopping = True
-        raise _Signalled(number)
-
-
-def _listen() -> None:
-    """Stops at Ctrl-C and `kill`, in a shell's background too; under `nohup` not at a hang-up."""
-    stop = _StopOnce()
-    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
-        for number in _STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, stop)
-
-
-def _stop_listening() -> None:
-    """From here on a signal would come too late to stop the run, and only break off its end.
-
-    Not a blocked mask, which holds for one thread: another would take the signal for us.
-    """
-    with suppress(ValueError):
-        for number in _STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
     # A stream that was closed, as `2>&-` does, is no reason to fail.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    _listen()
-    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if signals is None:
+        signals = Signals()
+        signals.listen()
+    code = _run(list(sys.argv[1:] if arguments is None else arguments), signals)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -821,22 +789,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def run() -> NoReturn:
-    """The `fp8stream` command.
+def run(signals: Signals | None = None) -> NoReturn:
+    """The `fp8stream` command, for which `signals` listens already.
 
     Leaves at once: taking torch down takes half a second, in which a signal would still change the
     exit code of a run that is done.
     """
-    os._exit(main())
+    os._exit(main(signals=signals))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], signals: Signals) -> int:
     # A plan is many small objects and no garbage: looking for it took half the time of inspect.
     gc.set_threshold(200_000, 50, 100)
-    notes: list[str] = []
+    process = Process(signals)
     try:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
-        with cli.make_context("fp8stream", arguments, obj=notes) as context:
+        with cli.make_context("fp8stream", arguments, obj=process) as context:
             cli.invoke(context)
     except _ReaderLeft:
         return 0
@@ -846,17 +814,18 @@ def _run(arguments: list[str]) -> int:
         with suppress(OSError):
             error.show()
         return error.exit_code
-    except _Signalled as signalled:
-        name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
-        return _failed([name, *notes], 128 + signalled.number)
+    except Signalled as signalled:
+        return _failed([str(signalled), *process.notes], 128 + signalled.number)
     except Fp8StreamError as error:
-        return _failed([str(error), *notes], 1)
+        return _failed([str(error), *process.notes], 1)
     except MemoryError:
         what = "out of memory; give a smaller --memory-budget, or fewer --threads"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     except Exception as error:
+        if signals.came:  # which an import may turn into an error of its own
+            return _failed([str(signals.came), *process.notes], 128 + signals.came.number)
         what = f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     return 0
 
 

@@ -12,7 +12,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from fp8stream.checkpoint import Checkpoint
@@ -359,18 +359,22 @@ class OutputDirectory:
             what = error.strerror or str(error)
             raise OutputError(f"{self.output}: cannot be written: {what}") from error
 
-    def publish(self) -> None:
-        """One rename. What was finished is never thrown away: on failure it stays where it is."""
+    def publish(self, placing: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """One rename, made inside of `placing`.
+
+        What was finished is never thrown away: on failure it stays where it is.
+        """
         _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
         written = (self.content / _LAST).stat().st_mtime_ns
         self._append(publishing_line(self.content.stat().st_ino, written))
         self._finished = True
         try:
-            if self._overwrite and self.output.exists():
-                exchange(self.content, self.output, self.work / _REPLACED)
-            else:
-                self.content.rename(self.output)
+            with placing():
+                if self._overwrite and self.output.exists():
+                    exchange(self.content, self.output, self.work / _REPLACED)
+                else:
+                    self.content.rename(self.output)
         except OSError as error:
             raise OutputError(
                 f"{self.output}: could not be put in place: {error.strerror}; the finished output "

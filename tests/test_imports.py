@@ -53,6 +53,7 @@ HOUSE = [
     "memory",
     "clock",
     "system",
+    "signals",
     "errors",
     "__init__",
 ]
@@ -78,6 +79,7 @@ PURE = {
     "scheme",
     "coverage",
     "errors",
+    "journal",
 }
 NO_TORCH = PURE | {
     "cli",
@@ -88,6 +90,11 @@ NO_TORCH = PURE | {
     "reader",
     "output",
     "system",
+    "signals",
+    "evidence",
+    "recorder",
+    "filling",
+    "clock",
     "__init__",
 }
 
