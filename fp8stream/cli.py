@@ -399,6 +399,9 @@ def _for_device(
 def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
     """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
     with directory:
+        if not directory.locked:
+            what = "this file system has no locks; let no second run write the same output"
+            _warn([f"{directory.work}: {what}"])
         try:
             yield directory
         except BaseException as error:

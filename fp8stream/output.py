@@ -6,27 +6,28 @@ command goes on. What would stop that rename is looked for before any work is do
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from fp8stream.checkpoint import Checkpoint
-from fp8stream.errors import OutputError
-from fp8stream.header import shorten
+from fp8stream.errors import CheckpointError, OutputError
+from fp8stream.header import open_regular, shorten
 from fp8stream.journal import (
     Fingerprint,
     Journal,
     differences,
     first_line,
+    is_journal,
     layers_line,
     parse_journal,
     publishing_line,
 )
+from fp8stream.lock import LOCK, lock_directory
 from fp8stream.memory import format_size
 from fp8stream.system import append_all, exchange, sync_directory, write_file
 
@@ -36,6 +37,7 @@ JOURNAL = "journal"
 CONTENT = "output"
 _NEW_JOURNAL = "journal.new"
 _REPLACED = "replaced"
+_OURS = {JOURNAL, CONTENT, _NEW_JOURNAL, _REPLACED, LOCK}
 # The file of an output that is written last.
 _LAST = "config.json"
 # A line is some 60 bytes: more than a run of months writes.
@@ -129,7 +131,7 @@ def _check_absent(target: Path, overwrite: bool) -> None:
 def _left_behind(work: Path) -> int:
     """Bytes that an unfinished run left: going on needs them no more, and a new run frees them."""
     with suppress(FileNotFoundError):  # another run is at work there, and will be told of
-        if (work / JOURNAL).exists():
+        if work.is_dir() and _is_ours(work):
             return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
     return 0
 
@@ -177,6 +179,8 @@ def unfinished_run(target: Path, now: Callable[[], Fingerprint]) -> str | None:
     Raises OutputError if it is another one.
     """
     work = work_directory(target)
+    if os.path.lexists(work):
+        _check_ours(work)
     before = _read_journal(work)
     if before is None or not before.layers or _is_in_place(target, before):
         return None
@@ -200,7 +204,8 @@ class OutputDirectory:
     """The directory whose `content` will be `output`. A context manager, locked while it is open.
 
     Left unpublished it stays, if anything of it is on record, for the same command to go on; else
-    it is removed. `in_place` says that an earlier run had finished all but tidying up.
+    it is removed. `in_place` says that an earlier run had finished all but tidying up, and `locked`
+    that no other run can come in between: not every file system can say so.
     """
 
     def __init__(
@@ -211,6 +216,7 @@ class OutputDirectory:
         self.work = work_directory(output)
         self.content = self.work / CONTENT
         self.in_place = False
+        self.locked = False
         self._now = now
         self._overwrite = overwrite
         self._restart = restart
@@ -227,12 +233,18 @@ class OutputDirectory:
         with self.failing():
             self._made = [parent for parent in self.work.parents if not parent.exists()]
             self.work.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_directory(self.work)
+            self._lock, self.locked = lock_directory(self.work, lambda: _make_work(self.work))
             try:
                 self._begin()
             except BaseException:
-                # What is there may be an unfinished run; all of it is ours only once we began.
-                (self.__exit__ if self._begun else self._close)()
+                if self._begun:
+                    self.__exit__()
+                else:
+                    # What is there may be an unfinished run: it stays, if there is anything.
+                    with suppress(OSError):
+                        if os.listdir(self.work) == [LOCK]:
+                            self._remove_work()
+                    self._close()
                 raise
         return self
 
@@ -306,11 +318,20 @@ class OutputDirectory:
             if not self.kept:
                 with suppress(OSError):
                     self._discard()
-                    self.work.rmdir()
+                    self._remove_work()
                     for parent in () if self.in_place else self._made:
                         parent.rmdir()
         finally:
             self._close()
+
+    def _remove_work(self) -> None:
+        """Removes the directory, of which the lock is left. From here on it may be another run's:
+        nothing else in it is touched any more."""
+        (self.work / LOCK).unlink()
+        # NFS keeps a file under another name as long as it is open.
+        os.close(self._lock)
+        self._lock = -1
+        self.work.rmdir()
 
     @property
     def kept(self) -> bool:
@@ -326,7 +347,8 @@ class OutputDirectory:
             self._journal = self._lock = -1
 
     def _discard(self) -> None:
-        """Empties the directory. What was to be replaced goes back, if it was moved aside.
+        """Empties the directory but for the lock. What was to be replaced goes back, if it was
+        moved aside.
 
         Of an output that is in place the journal goes last: by it the same command knows that.
         """
@@ -341,6 +363,8 @@ class OutputDirectory:
                 last.rename(aside)
             last = aside
         for left in sorted(self.work.iterdir(), key=lambda path: path == last):
+            if left.name == LOCK:
+                continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
@@ -385,43 +409,38 @@ class OutputDirectory:
         self.in_place = True
 
 
-def _lock_directory(work: Path) -> int:
-    """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
-    while True:
-        _make_work(work)
-        try:
-            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # as below
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise OutputError(
-                f"{work}: another run is writing this output; wait for it, or give another OUTPUT"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: two runs at once are then the user's to avoid
-        # The run that had it may have published or removed it between our two calls.
-        if os.path.lexists(work) and os.path.samestat(os.fstat(descriptor), os.lstat(work)):
-            return descriptor
-        os.close(descriptor)
-
-
 def _make_work(work: Path) -> None:
     """Raises OutputError if something is in the way that no run of ours made."""
     try:
         work.mkdir()
     except FileExistsError:
         with suppress(FileNotFoundError):  # the run that had it has just removed it
-            if stat.S_ISDIR(work.lstat().st_mode) and _is_ours(os.listdir(work)):
-                return
-            raise OutputError(
-                f"{work}: in the way: expected nothing, or what an unfinished run left; look at "
-                "it, then move or remove it"
-            ) from None
+            _check_ours(work)
 
 
-def _is_ours(names: Sequence[str]) -> bool:
-    """Whether a directory that holds `names` is one that a run of ours left."""
-    return not names or JOURNAL in names or _NEW_JOURNAL in names
+def _check_ours(work: Path) -> None:
+    """Raises OutputError if no run of ours made what stands there."""
+    if not stat.S_ISDIR(work.lstat().st_mode) or not _is_ours(work):
+        raise OutputError(
+            f"{work}: in the way: expected nothing, or what an unfinished run left; look at it, "
+            "then move or remove it"
+        )
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a directory is one that a run of ours left: there was no journal yet, or there is
+    one, or what a crash made of it, and then nothing but what we put there."""
+    names = {*os.listdir(work)}
+    journals = names & {JOURNAL, _NEW_JOURNAL}
+    if any(is_journal(_begin_of(work / name)) for name in journals):
+        return True
+    return names <= (_OURS if journals else {LOCK})
+
+
+def _begin_of(path: Path) -> bytes:
+    """The first bytes of a file; none where there is no file."""
+    try:
+        with open_regular(path) as stream:
+            return stream.read(64)
+    except (OSError, CheckpointError):
+        return b""

@@ -567,13 +567,100 @@ def test_a_signal_while_a_torn_journal_is_cut_stops_nothing(
 
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
-    descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
+    descriptor = os.open(tmp_path / PARTIAL / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     for options in ([], ["--restart"], ["--scheme", "block"]):
         refused = run("quantize", llama, tmp_path / "out", *options)
         assert (refused.code, "another run is writing this output" in refused.err) == (1, True)
     os.close(descriptor)
     assert run("quantize", llama, tmp_path / "out").code == 0
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_lock_asks_for_no_more_than_nfs_has(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It emulates them by locks of bytes, which a descriptor for reading alone is refused."""
+    real, locked = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        locked.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = run("quantize", llama, tmp_path / "out")
+    assert (done.code, locked) == (0, [str(tmp_path / PARTIAL / "lock")])
+    assert "has no locks" not in done.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(*arguments: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = run("quantize", llama, tmp_path / "out")
+    assert (done.code, done.err.count("this file system has no locks")) == (0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_a_lock_whose_file_was_removed_is_none(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that had it removed it while we waited for no more than our turn."""
+    real, files = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        real(descriptor, operation)
+        files.append(os.fstat(descriptor).st_ino)
+        if len(files) == 1:
+            (tmp_path / PARTIAL / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert len(files) == 2
+
+
+def test_a_directory_that_another_run_takes_while_we_leave_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.close
+
+    def close(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("lock (deleted)"):
+            (tmp_path / PARTIAL / "lock").touch()
+            (tmp_path / PARTIAL / "journal").write_bytes(first_line({}))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "close", close)
+    with OutputDirectory(tmp_path / "out", {}):
+        pass
+    assert sorted(path.name for path in (tmp_path / PARTIAL).iterdir()) == ["journal", "lock"]
+
+
+@pytest.mark.parametrize("options", [[], ["--restart"], ["--dry-run"]])
+@pytest.mark.parametrize("text", [b"", b"my diary\n", b"5f3759df {}\n"])
+def test_a_journal_that_is_not_ours_is_in_the_way(
+    tmp_path: Path, run: Runner, llama: Path, text: bytes, options: list[str]
+) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / PARTIAL / "journal").write_bytes(text)
+    (tmp_path / PARTIAL / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path / PARTIAL)
+    refused = run("quantize", llama, tmp_path / "out", *options)
+    assert (refused.code, "in the way" in refused.err) == (int("--dry-run" not in options), True)
+    assert contents(tmp_path / PARTIAL) == before
+
+
+def test_a_directory_called_output_alone_is_in_the_way(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    (tmp_path / PARTIAL / "output").mkdir(parents=True)
+    assert "in the way" in run("quantize", llama, tmp_path / "out", "--restart").err
 
 
 @pytest.mark.parametrize("where", ["listdir", "open"])
@@ -585,7 +672,7 @@ def test_a_directory_that_another_run_removes_meanwhile_is_made_anew(
     removed: list[Path] = []
 
     def remove(path: object, *arguments: int, **options: int) -> object:
-        if path == tmp_path / PARTIAL and not removed:
+        if str(path).startswith(str(tmp_path / PARTIAL)) and not removed:
             removed.append(tmp_path / PARTIAL)
             (tmp_path / PARTIAL).rmdir()
         return real(path, *arguments, **options)

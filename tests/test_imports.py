@@ -22,6 +22,7 @@ HOUSE = [
     "recorder",
     "filling",
     "output",
+    "lock",
     "journal",
     "report",
     "evidence",
@@ -94,6 +95,7 @@ NO_TORCH = PURE | {
     "evidence",
     "recorder",
     "filling",
+    "lock",
     "clock",
     "__init__",
 }
