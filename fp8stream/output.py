@@ -42,6 +42,8 @@ _OURS = {JOURNAL, CONTENT, _NEW_JOURNAL, _REPLACED, LOCK}
 _LAST = "config.json"
 # A line is some 60 bytes: more than a run of months writes.
 _LARGEST_JOURNAL = 1 << 28
+# Seconds that leaving waits for a record under way: a slow disk takes more of them.
+_LAST_WAIT = 0.1
 
 
 def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: bool) -> Path:
@@ -224,7 +226,8 @@ class OutputDirectory:
         self._made: list[Path] = []
         self._lock = -1
         self._journal = -1
-        self._recorded: set[int] = set()
+        self._recorded: frozenset[int] = frozenset()
+        self._recording = False
         self._begun = False
         self._finished = False
         self._appending = threading.Lock()
@@ -244,7 +247,8 @@ class OutputDirectory:
                     with suppress(OSError):
                         if os.listdir(self.work) == [LOCK]:
                             self._remove_work()
-                    self._close()
+                    self._close_journal()
+                    self._unlock()
                 raise
         return self
 
@@ -301,19 +305,27 @@ class OutputDirectory:
         Raises OSError.
         """
         layers = list(layers)
-        if self._append(layers_line(layers)):
-            self._recorded.update(layers)
-
-    def _append(self, line: bytes) -> bool:
-        """False if the journal is closed: it may be another run's by now."""
         with self._appending:
             if self._journal < 0:
-                return False
-            append_all(self._journal, line)
-            os.fdatasync(self._journal)
-            return True
+                return  # it may be another run's by now
+            self._recording = True  # whoever stops us meanwhile must take it for done
+            try:
+                self._append(layers_line(layers))
+            except OSError:
+                self._recording = bool(self._recorded)
+                raise
+            # Another set: somebody may be reading this one.
+            self._recorded = self._recorded.union(layers)
+
+    def _append(self, line: bytes) -> None:
+        append_all(self._journal, line)
+        os.fdatasync(self._journal)
 
     def __exit__(self, *error: object) -> None:
+        if not self._close_journal():
+            # A slow disk: whoever stops us does not wait for a record. Somebody is at work in
+            # there, and nothing is removed; the lock ends with the process, and so does he.
+            return
         try:
             if not self.kept:
                 with suppress(OSError):
@@ -322,29 +334,37 @@ class OutputDirectory:
                     for parent in () if self.in_place else self._made:
                         parent.rmdir()
         finally:
-            self._close()
+            self._unlock()
 
     def _remove_work(self) -> None:
         """Removes the directory, of which the lock is left. From here on it may be another run's:
         nothing else in it is touched any more."""
         (self.work / LOCK).unlink()
-        # NFS keeps a file under another name as long as it is open.
-        os.close(self._lock)
-        self._lock = -1
+        self._unlock()  # NFS keeps a file under another name as long as it is open
         self.work.rmdir()
 
     @property
     def kept(self) -> bool:
         """Whether leaving now keeps what was done."""
-        some = self._before is not None or bool(self._recorded) or self._finished
+        some = self._before is not None or self._recording or self._finished
         return some and not self.in_place
 
-    def _close(self) -> None:
-        with self._appending:
-            for descriptor in (self._journal, self._lock):
-                if descriptor >= 0:
-                    os.close(descriptor)
-            self._journal = self._lock = -1
+    def _close_journal(self) -> bool:
+        """From here on nothing is recorded. False if something just is, and will be for a while."""
+        if not self._appending.acquire(timeout=_LAST_WAIT):
+            return False
+        try:
+            if self._journal >= 0:
+                os.close(self._journal)
+            self._journal = -1
+        finally:
+            self._appending.release()
+        return True
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
     def _discard(self) -> None:
         """Empties the directory but for the lock. What was to be replaced goes back, if it was
@@ -391,7 +411,8 @@ class OutputDirectory:
         _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
         written = (self.content / _LAST).stat().st_mtime_ns
-        self._append(publishing_line(self.content.stat().st_ino, written))
+        with self._appending:
+            self._append(publishing_line(self.content.stat().st_ino, written))
         self._finished = True
         try:
             with placing():

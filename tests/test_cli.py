@@ -386,15 +386,15 @@ def test_a_dry_run_tells_what_would_be_refused(run: Runner, llama: Path) -> None
 
 
 def signalled(
-    where: str, before: str, llama: Path, output: Path, *options: str
+    where: str, before: str, llama: Path, output: Path, *options: str, start: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """A run that executes `before` when it first calls `where`, and what came of it.
+    """A run that executes `start`, and `before` when it first calls `where`; what came of it.
 
     There `send(NAME)` sends it a signal, and leaves the time in which to answer.
     """
     code = (
         "import os, shutil, signal, sys, time\n"
-        "from fp8stream import cli, output, recorder, writer\n"
+        f"from fp8stream import cli, output, recorder, stream, writer\n{start}\n"
         "def send(name): os.kill(os.getpid(), getattr(signal, name)); time.sleep(0.2)\n"
         f"call, called = {where}, []\n"
         "def wrapped(*arguments, **options):\n"
@@ -433,6 +433,24 @@ def test_a_signal_once_all_is_written_stops_a_run_as_before(
     assert not (tmp_path / "out").exists()
     assert run("quantize", llama, tmp_path / "out").code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_signal_while_the_first_record_is_synced_neither_waits_nor_discards_it(
+    tmp_path: Path, llama: Path, run: Runner
+) -> None:
+    slow = (
+        "from fp8stream import plan; plan._LAYERS_A_TASK = 1\n"
+        "recorder._INTERVAL = 0.01; convert = stream.Worker.convert\n"
+        "def late(self, task): convert(self, task); time.sleep(0.2)\n"
+        "stream.Worker.convert = late"
+    )
+    before = "call(*arguments); send('SIGTERM'); time.sleep(20)"
+    begin = time.monotonic()
+    done = signalled("output.append_all", before, llama, tmp_path / "out", start=slow)
+    assert time.monotonic() - begin < 15
+    assert (done.returncode, "the same command goes on" in done.stderr) == (143, True), done
+    found = json.loads(run("quantize", llama, tmp_path / "out", "--json").out)
+    assert found["layers_continued"] > 0
 
 
 @pytest.mark.parametrize("where", ["output.exchange", "shutil.rmtree"])
