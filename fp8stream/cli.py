@@ -398,20 +398,28 @@ def _for_device(
 @contextmanager
 def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
     """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
-    with directory:
-        if not directory.locked:
-            what = "this file system has no locks; let no second run write the same output"
-            _warn([f"{directory.work}: {what}"])
-        try:
-            yield directory
-        except BaseException as error:
-            # Whoever is told to discard it is not told that it goes on.
-            if directory.kept and "--restart" not in str(error):
-                notes.append(
-                    f"what is done is kept in {directory.work}: the same command goes on, "
-                    "--restart discards it"
-                )
-            raise
+    try:
+        with directory:
+            if not directory.locked:
+                what = "this file system has no locks; let no second run write the same output"
+                _warn([f"{directory.work}: {what}"])
+            try:
+                yield directory
+            except BaseException as error:
+                notes += _kept(directory, error)
+                raise
+    finally:
+        _warn(filter(None, [directory.left]))
+
+
+def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
+    """What to say of a run that ended so, if it left anything."""
+    # Whoever is told to discard it is not told that it goes on.
+    if directory.kept and not directory.placed and "--restart" not in str(error):
+        yield (
+            f"what is done is kept in {directory.work}: the same command goes on, --restart "
+            "discards it"
+        )
 
 
 @dataclass(frozen=True)

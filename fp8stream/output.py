@@ -207,7 +207,8 @@ class OutputDirectory:
 
     Left unpublished it stays, if anything of it is on record, for the same command to go on; else
     it is removed. `in_place` says that an earlier run had finished all but tidying up, and `locked`
-    that no other run can come in between: not every file system can say so.
+    that no other run can come in between: not every file system can say so. `placed` says that this
+    run put it in place, if not for good. `left` is what to say where tidying up failed.
     """
 
     def __init__(
@@ -219,6 +220,8 @@ class OutputDirectory:
         self.content = self.work / CONTENT
         self.in_place = False
         self.locked = False
+        self.placed = False
+        self.left: str | None = None
         self._now = now
         self._overwrite = overwrite
         self._restart = restart
@@ -257,7 +260,7 @@ class OutputDirectory:
         before = None if self._restart else _read_journal(self.work)
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
-            sync_directory(self.output.parent)
+            self._sync_name()
         elif before and before.layers:
             self._check_left(before)
             self._before = before
@@ -328,20 +331,32 @@ class OutputDirectory:
             return
         try:
             if not self.kept:
-                with suppress(OSError):
-                    self._discard()
-                    self._remove_work()
-                    for parent in () if self.in_place else self._made:
-                        parent.rmdir()
+                self._tidy_up()
         finally:
             self._unlock()
+
+    def _tidy_up(self) -> None:
+        try:
+            self._discard()
+            self._remove_work()
+        except OSError as error:
+            if os.path.lexists(self.work):
+                where = f"{self.work}: could not be removed: {error.filename or self.work}"
+                self.left = f"{where}: {error.strerror}; the same command does it, once it can"
+        with suppress(OSError):  # somebody may have put something else there
+            for parent in () if self.in_place else self._made:
+                parent.rmdir()
 
     def _remove_work(self) -> None:
         """Removes the directory, of which the lock is left. From here on it may be another run's:
         nothing else in it is touched any more."""
         (self.work / LOCK).unlink()
         self._unlock()  # NFS keeps a file under another name as long as it is open
-        self.work.rmdir()
+        try:
+            self.work.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
 
     @property
     def kept(self) -> bool:
@@ -408,7 +423,12 @@ class OutputDirectory:
 
         What was finished is never thrown away: on failure it stays where it is.
         """
-        _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
+        try:
+            _check_absent(self.output, self._overwrite)
+        except OutputError as error:  # somebody came meanwhile
+            raise OutputError(
+                f"{error}; the finished output is {self.content}: move it where you want it"
+            ) from error
         sync_directory(self.content)
         written = (self.content / _LAST).stat().st_mtime_ns
         with self._appending:
@@ -423,11 +443,22 @@ class OutputDirectory:
         except OSError as error:
             raise OutputError(
                 f"{self.output}: could not be put in place: {error.strerror}; the finished output "
-                f"is {self.content}: move it where you want it, or run again"
+                f"is {self.content}: move it where you want it"
             ) from error
+        self.placed = True
         # Before anything is tidied up, or after a failure the same command would find no journal.
-        sync_directory(self.output.parent)
+        self._sync_name()
         self.in_place = True
+
+    def _sync_name(self) -> None:
+        try:
+            sync_directory(self.output.parent)
+        except OSError as error:
+            raise OutputError(
+                f"{self.output}: is whole and in place, but may be lost with the power: "
+                f"{self.output.parent} cannot be synced: {error.strerror}; the same command tries "
+                "again"
+            ) from error
 
 
 def _make_work(work: Path) -> None:

@@ -429,13 +429,52 @@ def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output, "sync_directory", fail)
-        failed = run("quantize", llama, tmp_path / "out")
-        assert (failed.code, "goes on" in failed.err) == (1, True)
-        assert run("quantize", llama, tmp_path / "out").code == 1
+        for _ in range(2):
+            failed = run("quantize", llama, tmp_path / "out")
+            assert (failed.code, "is whole and in place" in failed.err) == (1, True), failed
+            assert "goes on" not in failed.err
+            assert "Input/output error; the same command" in failed.err
     # The output itself took what was free.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert run("quantize", llama, tmp_path / "out").code == 0
     assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("call", ["rmtree", "unlink", "rmdir"])
+def test_what_cannot_be_removed_is_told_and_no_failure(
+    tmp_path: Path, run: Runner, llama: Path, call: str
+) -> None:
+    assert run("quantize", llama, tmp_path / "out", "--scheme", "tensor").code == 0
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil if call == "rmtree" else Path, call, fail)
+        done = run("quantize", llama, tmp_path / "out", "--overwrite")
+    assert done.code == 0
+    assert f"warning: {tmp_path / PARTIAL}: could not be removed: " in done.err
+    assert "Permission denied" in done.err
+    if call == "rmtree":
+        assert run("quantize", llama, tmp_path / "out", "--overwrite", "--json").code == 0
+        assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_finished_output_that_cannot_be_put_in_place_is_told_once_how_to_go_on(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, target: Path) -> None:
+        if path.name == "output":
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, target)
+
+    real = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+    assert (failed.code, failed.err.count("the same command goes on")) == (1, 1)
+    assert "run again" not in failed.err
+    assert run("quantize", llama, tmp_path / "out").code == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unable to open file"), SafetensorError("bad")])
