@@ -415,11 +415,13 @@ def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[O
 def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
     """What to say of a run that ended so, if it left anything."""
     # Whoever is told to discard it is not told that it goes on.
-    if directory.kept and not directory.placed and "--restart" not in str(error):
-        yield (
-            f"what is done is kept in {directory.work}: the same command goes on, --restart "
-            "discards it"
-        )
+    if not directory.kept or directory.placed or "--restart" in str(error):
+        return
+    what = f"what is done is kept in {directory.work}"
+    if isinstance(error, Fp8StreamError) and not error.curable:
+        yield f"{what}, but whatever mends this makes another conversion, which needs --restart"
+    else:
+        yield f"{what}: the same command goes on, --restart discards it"
 
 
 @dataclass(frozen=True)

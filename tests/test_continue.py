@@ -261,6 +261,41 @@ def test_another_source_is_refused(
     assert run("quantize", source, tmp_path / "out", "--restart").code == 0
 
 
+def spoil(source: Path) -> None:
+    tensors = llama_tensors(layers=6)
+    tensors["model.layers.5.mlp.down_proj.weight"][0, 3] = float("nan")
+    write_checkpoint(source, tensors, shards=2)
+
+
+@pytest.mark.parametrize("cure", ["repair", "ignore"])
+@pytest.mark.parametrize("what", ["not finite", "changed"])
+def test_what_the_same_command_cannot_cure_is_said_to_need_a_new_run(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, what: str, cure: str
+) -> None:
+    source = tmp_path / "in"
+    spoil(source) if what == "not finite" else rewrite(source)
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        if "layers.5.mlp.down" in task.layers[0].name:
+            self._writer._recorder.flush()
+            if what == "changed":
+                touch(source)
+        Convert(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        failed = run("quantize", source, tmp_path / "out", "--threads", 1)
+    assert (failed.code, len(failed.err.splitlines())) == (1, 1), failed
+    assert "makes another conversion, which needs --restart" in failed.err
+    assert "goes on" not in failed.err
+    options = ["--ignore", "model.layers.5.mlp.down_proj"] if cure == "ignore" else []
+    if cure == "repair":
+        rewrite(source)
+    assert "another conversion" in run("quantize", source, tmp_path / "out", *options).err
+    assert run("quantize", source, tmp_path / "out", *options, "--restart").code == 0
+
+
 def test_other_numerics_are_refused(
     tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
