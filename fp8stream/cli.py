@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
@@ -35,7 +36,7 @@ from fp8stream.errors import (
 )
 from fp8stream.expectation import LayerError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
-from fp8stream.journal import Fingerprint, fingerprint
+from fp8stream.journal import fingerprint
 from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
 from fp8stream.names import template_and_key
 from fp8stream.output import OutputDirectory, check_output, unfinished_run
@@ -320,34 +321,31 @@ def quantize(
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
     asked = _asked(**options)
     plan = asked.plan(checkpoint, resources)
-
-    def now() -> Fingerprint:
-        return fingerprint(checkpoint, plan, asked.options(max_shard_size))
-
+    now = partial(fingerprint, checkpoint, plan, asked.options(max_shard_size))
     if dry_run:
-        # A plan for the CPU is a plan already: torch takes longer to load than everything before.
-        if device != "cpu" and (device != "auto" or may_have_gpu()):
-            plan, _, _ = _for_device(plan, resources, device)
-        _dry_run(checkpoint, plan, as_json)
+        _dry_run(checkpoint, plan, resources, device, as_json)
         with _complaining():
             target = _check(checkpoint, plan, Path(output), overwrite)
             _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
-    with _kept_on_failure(
-        OutputDirectory(target, now(), overwrite, restart), process.notes
-    ) as directory:
+    directory = OutputDirectory(target, now(), overwrite, restart)
+    with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
         _warn(plan.warnings)
         job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
-        result = job.run(output, no_progress)
+        plan, result = job.run(output, no_progress)
+    _show_result(plan, result, as_json)
+
+
+def _show_result(plan: Plan, result: Result, as_json: bool) -> None:
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
     with _stdout():
         if as_json:
             click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
         else:
-            click.echo(os.fsencode(output))
+            click.echo(os.fsencode(result.output))
 
 
 def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) -> Path:
@@ -378,7 +376,12 @@ def _complaining() -> Iterator[None]:
         _warn([str(error)])
 
 
-def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
+def _dry_run(
+    checkpoint: Checkpoint, plan: Plan, resources: Resources, device: str, as_json: bool
+) -> None:
+    # A plan for the CPU is a plan already: torch takes longer to load than everything before.
+    if device != "cpu" and (device != "auto" or may_have_gpu()):
+        plan, _, _ = _for_device(plan, resources, device)
     _show_plan(checkpoint, plan, as_json)
     if not as_json:
         _warn(plan.warnings)
@@ -396,15 +399,15 @@ def _for_device(
 
 
 @contextmanager
-def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
-    """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
+def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[None]:
+    """Opens the directory. Notes for whoever reads of a failure what is kept of the run."""
     try:
         with directory:
             if not directory.locked:
                 what = "this file system has no locks; let no second run write the same output"
                 _warn([f"{directory.work}: {what}"])
             try:
-                yield directory
+                yield
             except BaseException as error:
                 notes += _kept(directory, error)
                 raise
@@ -424,6 +427,21 @@ def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
         yield f"{what}: the same command goes on, --restart discards it"
 
 
+@dataclass
+class _Tally:
+    """What a conversion did so far, whatever its buffers were: the layers that were on disk when it
+    began, and the bytes and the time since."""
+
+    there: Set[int]
+    start: float
+    read: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+
 @dataclass(frozen=True)
 class _Job:
     """One conversion, measured."""
@@ -435,16 +453,24 @@ class _Job:
     directory: OutputDirectory
     signals: Signals
 
-    def run(self, output: str, no_progress: bool) -> Result:
-        """Converts what is not on disk yet, with smaller buffers where memory runs out."""
+    def run(self, output: str, no_progress: bool) -> tuple[Plan, Result]:
+        """Converts what is not on disk yet, with smaller buffers where memory runs out: the plan
+        with those that did, and what was done."""
+        start, layers = time.perf_counter(), len(self.plan.layers)
         if self.directory.in_place:
-            return self._result(output, 0.0, 0, len(self.plan.layers), MemoryUsage.now())
-        try:
-            return self._convert(output, no_progress)
-        except DeviceMemoryError as error:
-            smaller = self._smaller(error)
-        _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
-        return smaller.run(output, no_progress)
+            tally, now = _Tally(frozenset(range(layers)), start), MemoryUsage.now()
+            return self.plan, self._result(output, tally, now, now)
+        tally = _Tally(self.directory.done(layers), start)
+        if tally.there and not no_progress:
+            share = 100 * self._bytes(tally.there) / max(1, self.plan.bytes_read)
+            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
+        job = self
+        while True:
+            try:
+                return job.plan, job._convert(output, no_progress, tally)
+            except DeviceMemoryError as error:
+                job = job._smaller(error)
+            _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
 
     def _smaller(self, error: DeviceMemoryError) -> "_Job":
         """The same job with half the memory. Raises DeviceError where that is too little."""
@@ -458,7 +484,7 @@ class _Job:
                 f"({format_size(2 * budget)}); free some, or use another device"
             ) from error
 
-    def _convert(self, output: str, no_progress: bool) -> Result:
+    def _convert(self, output: str, no_progress: bool, tally: _Tally) -> Result:
         import torch
 
         from fp8stream.device import running_out_of_memory, warm_up
@@ -467,59 +493,48 @@ class _Job:
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
-        start, clock = time.perf_counter(), Clock()
         done = self.directory.done(len(self.plan.layers))
         tasks = self.plan.tasks(done)
         with running_out_of_memory():
             warm_up(self.devices)
         with (
-            closing(self._progress(done, no_progress)) as progress,
+            closing(_progress(self.plan.bytes_read, self._bytes(done), no_progress)) as progress,
             CheckpointWriter(self.directory, self.plan.files, self.plan.written(done)) as writer,
             PeakMeter() as meter,
         ):
             writer.copy_side_files(self.checkpoint)
-            layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock, tasks)
+            layers = stream_layers(
+                self.checkpoint, self.plan, writer, self.devices, tally.clock, tasks
+            )
             with closing(layers):
-                read = 0
                 for layer in layers:
-                    read += layer.bytes_read
+                    tally.read += layer.bytes_read
                     progress(layer)
                     self.signals.check()
             meter.sample()
             writer.commit(self.plan.config, self.signals.too_late)
-        seconds = time.perf_counter() - start
-        return self._result(output, seconds, read, len(done), meter.peak, meter.baseline, clock)
+        return self._result(output, tally, meter.peak, meter.baseline)
 
-    def _progress(self, done: Set[int], hidden: bool) -> "Progress":
+    def _bytes(self, layers: Set[int]) -> int:
+        """What is read for them."""
         slab = self.plan.workspace.slab_bytes
-        there = sum(self.plan.layers[number].bytes_read(slab) for number in done)
-        if done and not hidden:
-            share = 100 * there / max(1, self.plan.bytes_read)
-            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
-        return _progress(self.plan.bytes_read, there, hidden)
+        return sum(self.plan.layers[number].bytes_read(slab) for number in layers)
 
     def _result(
-        self,
-        output: str,
-        seconds: float,
-        read: int,
-        there: int,
-        peak: MemoryUsage,
-        baseline: MemoryUsage | None = None,
-        clock: Clock | None = None,
+        self, output: str, tally: _Tally, peak: MemoryUsage, baseline: MemoryUsage
     ) -> Result:
         from fp8stream.device import device_peak
 
         return Result(
             output,
-            seconds,
-            read,
+            tally.seconds,
+            tally.read,
             self.plan.bytes_written,
-            there,
+            len(tally.there),
             peak,
-            baseline or peak,
+            baseline,
             device_peak(self.devices),
-            clock or Clock(),
+            tally.clock,
         )
 
 

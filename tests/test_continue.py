@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -861,6 +862,41 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_buffers(
     else:
         assert (done.code, "out of memory with the smallest" in done.err) == (1, True), done
         assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_told_at_the_end_counts_what_was_done_with_larger_buffers(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    if before:
+        source = stopped(tmp_path, run)
+        journal = parse_journal((tmp_path / PARTIAL / "journal").read_bytes())
+        there = sum(end - begin for begin, end in journal.layers)
+    else:
+        source, there = write_checkpoint(tmp_path / "in", llama_tensors(layers=6), shards=2), 0
+    names: list[str] = []
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        if len(names) == 5:
+            self._writer._recorder.flush()
+            names.append("failed")
+            time.sleep(0.3)
+            raise DeviceMemoryError("out of memory")
+        names.append(task.layers[0].name)
+        Convert(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        done = run("quantize", source, tmp_path / "out", "--json", "--threads", 1)
+    document = json.loads(done.out)
+    assert "going on with smaller buffers" in done.err
+    assert done.err.count("going on with an unfinished run") == int(before)
+    assert document["layers_continued"] == there
+    assert document["seconds"] > 0.3
+    assert len(names) == len({*names}), "nothing was converted twice"
+    if not before:
+        assert document["bytes_read"] == sum(size_of(source).values())
 
 
 def test_hosts_without_memory_are_told_from_other_errors() -> None:
