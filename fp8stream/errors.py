@@ -8,6 +8,7 @@
     ├── BudgetError       less memory than the least that can work
     ├── DeviceError       the device that was asked for is not there, or ran out of memory
     │   └── DeviceMemoryError   smaller buffers may do
+    ├── ThreadError       the system lets no more threads start
     ├── OutputError       the output cannot be written where it was asked for
     └── VerifyError       an output is not what its source makes
 
@@ -56,6 +57,10 @@ class DeviceError(Fp8StreamError):
 
 class DeviceMemoryError(DeviceError):
     """The device, or the host, ran out of memory: smaller buffers may do."""
+
+
+class ThreadError(Fp8StreamError):
+    """The system lets no more threads start."""
 
 
 class OutputError(Fp8StreamError):

@@ -27,9 +27,13 @@ class Reader:
     """Opens the shards of one checkpoint. Thread-safe: it keeps no position and no open file."""
 
     def __init__(self, directory: Path, shards: tuple[Shard, ...]) -> None:
+        """Raises CheckpointError where the directory is no longer there."""
         self._directory = directory
         self._shards: Mapping[str, Shard] = {shard.name: shard for shard in shards}
-        self._in_memory = is_memory_backed(directory)
+        try:
+            self._in_memory = is_memory_backed(directory)
+        except OSError as error:
+            raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from error
         self._warm: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
