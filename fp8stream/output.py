@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from fp8stream.checkpoint import Checkpoint
+from fp8stream.checkpoint import WORK_SUFFIX, Checkpoint
 from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.header import open_regular, shorten
 from fp8stream.journal import (
@@ -31,7 +31,6 @@ from fp8stream.lock import LOCK, lock_directory
 from fp8stream.memory import format_size
 from fp8stream.system import append_all, exchange, sync_directory, write_file
 
-WORK_SUFFIX = ".fp8stream-partial"
 # In the directory beside the output. The journal tells what a run left from all that is not ours.
 JOURNAL = "journal"
 CONTENT = "output"
@@ -110,10 +109,11 @@ def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_absent(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise OutputError(f"{target}: expected a new or empty directory, found a file")
+        what = "a link that leads nowhere" if target.is_symlink() else "a file"
+        raise OutputError(f"{target}: expected a new or empty directory, found {what}")
     if os.path.ismount(target):
         raise OutputError(
             f"{target}: a mount point, which cannot be put in place in one step; give a directory "

@@ -770,6 +770,7 @@ def assert_output_refused(
         pytest.param("", ["contains SOURCE"], id="around SOURCE"),
         pytest.param("other", ["other", "exists already", "--overwrite"], id="exists"),
         pytest.param("file", ["file", "found a file"], id="a file"),
+        pytest.param("loop", ["loop", "found a link that leads nowhere"], id="a loop of links"),
         pytest.param("pipe", ["pipe", "expected a new or empty directory"], id="a FIFO"),
         pytest.param("file/below", ["below", "not a writable directory"], id="below a file"),
         pytest.param("x" * 300, ["xxx", "too long"], id="a name too long"),
@@ -782,6 +783,7 @@ def test_a_bad_output_is_refused(name: str, words: list[str], source: Path, run:
     (root / "other").mkdir()
     (root / "other" / "config.json").write_text("{}")
     (root / "file").write_text("")
+    (root / "loop").symlink_to(root / "loop")
     os.mkfifo(root / "pipe")
     before = fingerprint(root)
     assert_output_refused(run("quantize", source, f"{root}/{name}"), words, source, before)
