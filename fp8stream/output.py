@@ -361,21 +361,22 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
-        _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
         written = (self.content / _LAST).stat().st_mtime_ns
         self._append(publishing_line(self.content.stat().st_ino, written))
         self._finished = True
+        kept = f"the finished output is {self.content}: move it where you want it, or run again"
         try:
+            _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
             if self._overwrite and self.output.exists():
                 exchange(self.content, self.output, self.work / _REPLACED)
             else:
                 self.content.rename(self.output)
+        except OutputError as error:
+            raise OutputError(f"{error}; {kept}") from error
         except OSError as error:
-            raise OutputError(
-                f"{self.output}: could not be put in place: {error.strerror}; the finished output "
-                f"is {self.content}: move it where you want it, or run again"
-            ) from error
+            what = f"could not be put in place: {error.strerror}"
+            raise OutputError(f"{self.output}: {what}; {kept}") from error
         # Before anything is tidied up, or after a failure the same command would find no journal.
         sync_directory(self.output.parent)
         self.in_place = True
