@@ -242,6 +242,8 @@ class _Checker:
             groups = slice(group, group + height)
             each.finite &= is_finite(amax[groups])
             each.add_scales(stored[groups], due[groups] if due is not None else None, slab)
+            if not self._exact:
+                each.fit_scales(stored[groups], amax[groups], slab)
             row, group = row + slab.rows, group + height
         return amax
 

@@ -328,6 +328,144 @@ def test_scales_of_another_tool_that_are_none(tmp_path: Path, plain: Path, value
     )
 
 
+Scales = Callable[[torch.Tensor], torch.Tensor]
+
+
+def under(source: Path, output: Path, granularity: Granularity, change: Scales) -> None:
+    """An output of another tool whose scales are `change` of amax / 448, and its codes those."""
+    tensors = others(source, output, granularity)
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            scale = change(oracle.amax_of([weight], granularity) / 448)
+            wide = oracle.expand(scale.float(), weight.shape, granularity)
+            codes = (weight.float() / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors |= {name: codes, name.removesuffix("weight") + "weight_scale": scale}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda due: torch.full_like(due, 1e6).bfloat16(), "large"),
+        (lambda due: torch.full_like(due, 1e-30).bfloat16(), "small"),
+        (lambda due: (due / 16).bfloat16(), "small"),
+        (lambda due: (due * 1e5).bfloat16(), "large"),
+        (lambda due: due * 0.98, "small"),
+        (lambda due: due * 70, "large"),
+    ],
+    ids=["all zero", "all saturated", "16 times too small", "1e5 times too large", "2 %", "70"],
+)
+def test_scales_that_do_not_fit_the_values(
+    tmp_path: Path, run: Runner, plain: Path, granularity: Granularity, change: Scales, what: str
+) -> None:
+    """Codes that are right under them all the same."""
+    under(plain, tmp_path / "out", granularity, change)
+    done = run("verify", tmp_path / "out", "--against", plain, "--json")
+    problems = json.loads(done.out)["problems"]
+    assert done.code == 1
+    assert len(problems) == 14
+    (problem,) = (p for p in problems if p["tensor"] == SCALE)
+    count = int(torch.Size(granularity.scale_shape((128, 320))).numel())
+    first = {Granularity.CHANNEL: "[0, 0]", Granularity.BLOCK: "[0, 0]"}.get(granularity)
+    which = f"{count} of {count} scales are too {what}, the first at {first}: expected"
+    which = which if first else f"the scale is too {what}: expected"
+    assert problem["problem"].startswith(which)
+    assert "the largest value / 448" in problem["problem"]
+
+
+def test_one_scale_that_does_not_fit_is_named(tmp_path: Path, plain: Path) -> None:
+    weight = load_file(plain / "model.safetensors")[DOWN]
+    due = float(weight[7].abs().max()) / 448
+
+    def change(scales: torch.Tensor) -> torch.Tensor:
+        scales[7] /= 3
+        return scales
+
+    under(plain, tmp_path / "out", Granularity.CHANNEL, change)
+    problems, _ = verify(plain, tmp_path / "out")
+    (problem,) = (p for p in problems if p.tensor == SCALE)
+    assert problem.problem.startswith("1 of 128 scales are too small, the first at [7, 0]: ")
+    assert f"expected at least {due:.3g} (the largest value / 448), found" in problem.problem
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda due: due.bfloat16(),
+        lambda due: due.half(),
+        lambda due: (1 / (1 / due).bfloat16()).bfloat16(),
+        lambda due: due.log2().ceil().exp2(),
+        lambda due: due * 448 / 240,
+        lambda due: due * 15,
+    ],
+    ids=["BF16", "F16", "an inverse in BF16", "powers of two", "a limit of 240", "15"],
+)
+def test_scales_that_others_choose(
+    tmp_path: Path, plain: Path, granularity: Granularity, change: Scales
+) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN] *= 2.0**-8  # whose scales are below what F16 has its whole precision for
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, change)
+    assert verify(plain, tmp_path / "out")[0] == []
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_groups_that_others_have_no_scale_for(
+    tmp_path: Path, plain: Path, granularity: Granularity, dtype: torch.dtype
+) -> None:
+    """Zeros, for which the scale is an epsilon, and values that are near them."""
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN][:128, :128] = 0
+    tensors[DOWN][3:100] = 1e-9
+    name = DOWN.replace("down", "up")
+    tensors[name][:] = 0
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    least = {torch.float16: 1e-7}.get(dtype, 1e-4 / 448)
+
+    def change(due: torch.Tensor) -> torch.Tensor:
+        scales = due.clamp(min=least).to(dtype)
+        scales[due == 0] = torch.finfo(dtype).eps
+        return scales
+
+    under(plain, tmp_path / "out", granularity, change)
+    assert verify(plain, tmp_path / "out")[0] == []
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("factor", [2.0**-90, 2.0**-20, 2.0**70])
+def test_weights_of_any_size_have_their_errors_told(
+    tmp_path: Path, plain: Path, granularity: Granularity, factor: float
+) -> None:
+    """Although the squares of such values are none of float32."""
+    before = load_file(plain / "model.safetensors")
+    tensors = {n: t * factor if n.endswith("_proj.weight") else t for n, t in before.items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, lambda due: due)
+    problems, layers = verify(plain, tmp_path / "out")
+    assert problems == []
+    assert all(0.02 < (layer.relative_error or 0) < 0.04 for layer in layers.values())
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_a_weight_that_is_lost_under_the_smallest_scale_of_a_tool(
+    tmp_path: Path, plain: Path, granularity: Granularity
+) -> None:
+    """No scale is too large by itself, but nothing is left of the weight."""
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN] *= 1e-10
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, lambda due: due.clamp(min=1e-4 / 448))
+    (problem,), layers = verify(plain, tmp_path / "out")
+    assert problem.tensor == DOWN
+    wanted = "the values are lost under the scales: expected a relative error of at most 0.0703, "
+    assert problem.problem == wanted + "found 1"
+    assert layers[DOWN].relative_error == pytest.approx(1, rel=1e-3)
+
+
 # What is wrong.
 
 
