@@ -2,8 +2,11 @@
 
 import gc
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from fp8stream.comparison import BOUND, Comparer
 from fp8stream.expectation import LayerError, Problem
 from fp8stream.fp8 import Quantizer, dequantize_weight
 from fp8stream.layout import INDEX_NAME
-from fp8stream.memory import MIB, PeakMeter
+from fp8stream.memory import MIB, MemoryUsage, PeakMeter
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.verify import compare_values, prepare
 from tests import oracle
 from tests.conftest import Run, Tensors, llama_tensors, write_checkpoint
 from tests.test_bytes import checkpoint as odd_tensors
+from tests.test_hostile import make_socket
 from tests.test_stream import SCHEMES, convert, schemes
 
 Runner = Callable[..., Run]
@@ -586,8 +590,15 @@ def test_a_source_that_no_code_can_stand_for(tmp_path: Path, plain: Path) -> Non
     assert "NaN or infinity" in problem.problem
 
 
+THINGS: Mapping[str, Callable[[Path], None]] = {
+    "a FIFO": os.mkfifo,
+    "a socket": make_socket,
+    "a directory": os.mkdir,
+}
+
 FILES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("config.json", lambda p: p.write_text(p.read_text() + "\n"), "lines"),
+    ("config.json", lambda p: p.write_text(p.read_text() + "\n"), "expected the end of the file"),
+    ("config.json", lambda p: p.write_text(p.read_text()[:-1]), "found the end of the file"),
     ("config.json", lambda p: p.write_text(p.read_text().replace("lm_head", "lm_heed")), "line "),
     ("config.json", lambda p: p.write_text("{"), "broken"),
     ("config.json", Path.unlink, "missing"),
@@ -629,6 +640,50 @@ def test_what_is_wrong_with_files_is_named(
     problems = document["problems"]
     assert any(p["file"] == name or name in p["problem"] for p in problems), problems
     assert any(words in p["problem"] for p in problems), problems
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 3 << 30)
+
+
+def one_long_line(path: Path) -> None:
+    path.write_text(path.read_text().rstrip().removesuffix("}") + ',"x":"' + "y" * 10**6 + '"}')
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "tokenizer.json"])
+@pytest.mark.parametrize("change", [sparse, one_long_line])
+def test_files_of_any_size_are_told_of_in_a_line(
+    tmp_path: Path, llama: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    """And no more of them is held than what must be there."""
+    output = tmp_path / "out"
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    change(output / name)
+    before = MemoryUsage.now().anonymous
+    with PeakMeter(interval=0.001) as meter:
+        problems = prepare(open_checkpoint(llama), str(output), None, 8 * MIB, 1).problems
+    assert {problem.file for problem in problems} == {name}
+    assert all(len(problem.problem) < 1000 for problem in problems)
+    assert meter.peak.anonymous - before < 32 * MIB
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "tokenizer.json"])
+@pytest.mark.parametrize("make", THINGS.values(), ids=THINGS)
+def test_what_stands_in_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, run: Runner, llama: Path, make: Callable[[Path], None], name: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    (output / name).unlink()
+    make(output / name)
+    code = (
+        "import signal, sys; signal.alarm(30); from fp8stream.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["verify", str(output), "--against", str(llama), "--json"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1, done
+    assert {problem["file"] for problem in json.loads(done.stdout)["problems"]} == {name}
 
 
 @schemes
