@@ -157,7 +157,9 @@ def _side_problems(output: Checkpoint, source: Checkpoint) -> Iterator[Problem]:
         if place is not None:
             yield Problem(side.name, "", f"differs from the source's at byte {place}")
     known = {side.name for side in source.side_files} | {shard.name for shard in output.shards}
-    weights = {path.name for path in output.directory.glob("*.safetensors")}
+    with reading(output.directory):
+        names = os.listdir(output.directory)
+    weights = {name for name in names if name.endswith(".safetensors")}
     for name in sorted((found | weights) - known):
         yield Problem(name, "", "unexpected: the source has no such file")
 

@@ -1,5 +1,6 @@
 """Outputs against their sources: what is right passes, and whatever is wrong is found and named."""
 
+import errno
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.comparison import BOUND, Comparer
+from fp8stream.errors import CheckpointError
 from fp8stream.expectation import LayerError, Problem
 from fp8stream.fp8 import Quantizer, dequantize_weight
 from fp8stream.layout import INDEX_NAME
@@ -716,6 +718,73 @@ def test_no_flipped_bit_goes_unseen(tmp_path: Path, llama: Path, scheme: Scheme)
         assert any(named), (kind, path.name, at, bit, problems)
         patch(path, at, bytes([before]))
     assert verify(llama, output)[0] == []
+
+
+def of(place: Path, what: object) -> bool:
+    """Whether an argument of a call of the system's is a path below `place`, or a file there."""
+    if isinstance(what, int):
+        what = os.readlink(f"/proc/self/fd/{what}")
+    return isinstance(what, str | Path) and Path(what).is_relative_to(place)
+
+
+@pytest.mark.parametrize("which", ["whole", "damaged"])
+@pytest.mark.parametrize(
+    "call", ["open", "stat", "lstat", "fstat", "listdir", "scandir", "preadv", "close"]
+)
+def test_whatever_call_fails_the_file_is_named(
+    tmp_path: Path,
+    run: Runner,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    which: str,
+) -> None:
+    """Each call of the system in turn, as a disk does that goes bad."""
+    output = tmp_path / "out"
+    (llama / "more").mkdir()
+    (llama / "more" / "text").write_text("text")
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    if which == "damaged":
+        (output / INDEX_NAME).write_text("{")
+    real, left = getattr(os, call), 0
+
+    def fail(what: Any = ".", *arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        there = of(tmp_path, what)
+        result = real(what, *arguments, **named) if call == "close" or not there else None
+        left -= there
+        if there and left == 0:
+            raise OSError(errno.EIO, "Input/output error", what if isinstance(what, str) else None)
+        return result if call == "close" or not there else real(what, *arguments, **named)
+
+    met = 0
+    for number in range(1, 1000):
+        left = number
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, fail)
+            done = run("verify", output, "--against", llama, "--threads", "1", "-q")
+        if left > 0:
+            break
+        met += 1
+        assert done.code in (0, 1), done
+        assert "FP8STREAM_DEBUG" not in done.err, (number, done)
+        assert "None" not in done.err + done.out, (number, done)
+        assert len(done.err.splitlines()) == done.code, (number, done)
+    assert left > 0
+    assert met or call == "listdir"
+
+
+@pytest.mark.parametrize("which", ["source", "output"])
+def test_a_directory_that_is_gone_before_values_are_compared(
+    tmp_path: Path, llama: Path, which: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme())
+    comparison = prepare(open_checkpoint(llama), str(output), None, 8 * MIB, 1)
+    gone = llama if which == "source" else output
+    gone.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{gone}: cannot be read: No such file"):
+        list(compare_values(comparison))
 
 
 # What is printed.
