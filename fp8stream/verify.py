@@ -24,7 +24,7 @@ from fp8stream.experts import ExpertLayout
 from fp8stream.findings import Difference, WeightSums, compare_bytes, same_bits
 from fp8stream.foreign import expect_foreign
 from fp8stream.fp8 import is_finite, weight_scale
-from fp8stream.header import TensorSpec
+from fp8stream.header import TensorSpec, reading
 from fp8stream.memory import TO_VERIFY, Workspace, plan_workspace
 from fp8stream.output import is_unfinished
 from fp8stream.plan import Batch, Slab, Task, demand_of, tasks_of
@@ -93,7 +93,9 @@ def prepare(
             f"{source.path}: already quantized ({source.quantized_as}); expected the checkpoint in "
             "BF16, F16 or F32 that the output was made from"
         )
-    if is_unfinished(Path(output)):
+    with reading(Path(output)):
+        unfinished = is_unfinished(Path(output))
+    if unfinished:
         raise CheckpointError(f"{output}: an unfinished run's; run quantize to its end first")
     there = open_output(output)
     expect = expect_ours if there.ours else expect_foreign

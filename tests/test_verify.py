@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from fp8stream.comparison import BOUND, Comparer
 from fp8stream.errors import CheckpointError
 from fp8stream.expectation import LayerError, Problem
 from fp8stream.fp8 import Quantizer, dequantize_weight
+from fp8stream.journal import first_line
 from fp8stream.layout import INDEX_NAME
 from fp8stream.memory import MIB, MemoryUsage, PeakMeter
 from fp8stream.scheme import Granularity, Scheme
@@ -857,14 +857,55 @@ def test_a_source_that_is_quantized_is_refused(tmp_path: Path, run: Runner, llam
     assert "already quantized" in done.err
 
 
-def test_an_unfinished_output_is_refused(tmp_path: Path, run: Runner, llama: Path) -> None:
-    convert(llama, tmp_path / "out", Scheme())
+@pytest.fixture
+def unfinished(tmp_path: Path, llama: Path) -> Path:
+    """Where a run has done all but to put its output in place."""
     partial = tmp_path / "out.fp8stream-partial"
-    shutil.copytree(tmp_path / "out", partial / "output")
-    for path in (partial, partial / "output"):
-        done = run("verify", path, "--against", llama)
-        assert done.code == 1
-        assert "unfinished" in done.err
+    partial.mkdir()
+    convert(llama, partial / "output", Scheme())
+    (partial / "journal").write_bytes(first_line({}))
+    return partial
+
+
+@pytest.mark.parametrize(
+    ("directory", "path"),
+    [
+        (".", "out.fp8stream-partial"),
+        (".", "out.fp8stream-partial/output"),
+        (".", "out.fp8stream-partial/output/model.safetensors"),
+        (".", "link"),
+        ("out.fp8stream-partial", "."),
+        ("out.fp8stream-partial", "output"),
+        ("out.fp8stream-partial/output", "."),
+        ("out.fp8stream-partial/output", ".."),
+    ],
+)
+def test_an_unfinished_output_is_refused(
+    unfinished: Path,
+    run: Runner,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    directory: str,
+    path: str,
+) -> None:
+    (unfinished.parent / "link").symlink_to(unfinished / "output")
+    monkeypatch.chdir(unfinished.parent / directory)
+    done = run("verify", path, "--against", llama)
+    assert done.code == 1
+    assert "an unfinished run's" in done.err
+
+
+@pytest.mark.parametrize(
+    "path", ["fine.fp8stream-partial", "x.fp8stream-partial/output", "journals/output"]
+)
+def test_an_output_of_any_name_is_not_unfinished(
+    tmp_path: Path, run: Runner, llama: Path, path: str
+) -> None:
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / "journals").mkdir(exist_ok=True)
+    (tmp_path / "journals" / "journal").write_text("Monday: a walk.")
+    convert(llama, tmp_path / path, Scheme())
+    assert run("verify", tmp_path / path, "--against", llama).code == 0
 
 
 def test_peak_memory_stays_within_the_plan(tmp_path: Path) -> None:
