@@ -440,7 +440,7 @@ def _find_side_files(
     copied: list[SideFile] = []
     left: list[str] = []
     outside: list[str] = []
-    for path in _walk(directory, left) if recursive else _files(directory):
+    for path in files_below(directory, left) if recursive else _files(directory):
         name = str(path.relative_to(directory))
         if name in shards or name == "config.json" or name.endswith(INDEX_SUFFIX):
             continue
@@ -486,8 +486,9 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in directory.iterdir() if not path.is_dir())
 
 
-def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
-    """Files below `directory`; a link to a directory is not followed, so that no loop can form."""
+def files_below(directory: Path, left: list[str]) -> Iterator[Path]:
+    """Files below `directory`; what is not looked into comes to be `left`. A link to a directory is
+    not followed, so that no loop can form."""
     for root, folders, files in os.walk(directory, onerror=lambda e: left.append(e.filename)):
         for folder in list(folders):
             path = Path(root) / folder

@@ -601,6 +601,7 @@ def _verdict(comparison: "Comparison", output: str, start: float, progress: "Pro
         tuple(sorted(problems, key=lambda p: (p.file, p.tensor, p.problem))),
         tuple(sorted(layers, key=lambda layer: template_and_key(layer.name))),
         expectation.not_compared,
+        comparison.added_files,
     )
 
 

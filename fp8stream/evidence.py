@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from fp8stream.checkpoint import Checkpoint, Fault, open_damaged
+from fp8stream.checkpoint import (
+    INDEX_SUFFIX,
+    Checkpoint,
+    Fault,
+    files_below,
+    open_damaged,
+)
 from fp8stream.errors import CheckpointError
 from fp8stream.expectation import Problem
 from fp8stream.header import open_regular, read_at_most, read_header, reading, shorten
@@ -96,7 +102,7 @@ def file_problems(output: Output, source: Checkpoint, config: bytes | None) -> I
     if output.ours:
         if output.whole:
             yield from _index_problems(output)
-        yield from _side_problems(output.checkpoint, source)
+        yield from _side_problems(output, source)
 
 
 def _index_problems(output: Output) -> Iterator[Problem]:
@@ -146,22 +152,45 @@ def _line_at(text: bytes, at: int) -> str:
     return shorten(repr(text[begin:end].decode(errors="backslashreplace").strip()))
 
 
-def _side_problems(output: Checkpoint, source: Checkpoint) -> Iterator[Problem]:
-    """The files beside the weights, as bytes."""
-    found = {side.name for side in output.side_files}
+def _side_problems(output: Output, source: Checkpoint) -> Iterator[Problem]:
+    """The files beside the weights, as bytes, and others that engines would load weights from."""
     for side in source.side_files:
-        if side.name not in found:
+        there = output.checkpoint.directory / side.name
+        if not os.path.lexists(there):
             yield Problem(side.name, "", "missing: the source has it")
             continue
-        place = _first_difference(source.directory / side.name, output.directory / side.name)
+        try:
+            place = _first_difference(source.directory / side.name, there)
+        except CheckpointError as error:
+            yield Problem(side.name, "", str(error))
+            continue
         if place is not None:
             yield Problem(side.name, "", f"differs from the source's at byte {place}")
-    known = {side.name for side in source.side_files} | {shard.name for shard in output.shards}
-    with reading(output.directory):
-        names = os.listdir(output.directory)
-    weights = {name for name in names if name.endswith(".safetensors")}
-    for name in sorted((found | weights) - known):
+    for name in filter(_is_loaded, _additions(output, source)):
         yield Problem(name, "", "unexpected: the source has no such file")
+
+
+def added_files(output: Output, source: Checkpoint) -> tuple[str, ...]:
+    """What stands in an output of ours that was not made of the source, and changes no weight: it
+    is the user's. Raises CheckpointError."""
+    names = _additions(output, source) if output.ours else []
+    return tuple(name for name in names if not _is_loaded(name))
+
+
+def _is_loaded(name: str) -> bool:
+    """Whether engines may load weights from a file, or by it."""
+    return "/" not in name and name.endswith((".safetensors", INDEX_SUFFIX))
+
+
+def _additions(output: Output, source: Checkpoint) -> list[str]:
+    directory = output.checkpoint.directory
+    known = {"config.json", INDEX_NAME, *(side.name for side in source.side_files)}
+    known |= {shard.name for shard in output.checkpoint.shards}
+    known |= {fault.file for fault in output.faults}
+    left: list[str] = []
+    with reading(directory):
+        names = [str(path.relative_to(directory)) for path in files_below(directory, left)]
+    return sorted({*names, *left} - known)
 
 
 def _first_difference(one: Path, other: Path) -> int | None:

@@ -18,7 +18,7 @@ from fp8stream.checkpoint import Checkpoint
 from fp8stream.comparison import Comparer
 from fp8stream.device import TORCH_DTYPES, Slot, bytes_of, open_lane
 from fp8stream.errors import CheckpointError
-from fp8stream.evidence import file_problems, open_output
+from fp8stream.evidence import added_files, file_problems, open_output
 from fp8stream.expectation import Expectation, LayerError, Problem
 from fp8stream.experts import ExpertLayout
 from fp8stream.findings import Difference, WeightSums, compare_bytes, same_bits
@@ -57,7 +57,8 @@ Sums = dict[str, WeightSums]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a run compares. `exact` says that values must be equal to the bit."""
+    """Everything that a run compares. `exact` says that values must be equal to the bit;
+    `added_files` are the user's, which are not compared."""
 
     source: Checkpoint
     output: Checkpoint
@@ -65,6 +66,7 @@ class Comparison:
     exact: bool
     workspace: Workspace
     problems: tuple[Problem, ...]
+    added_files: tuple[str, ...] = ()
 
     @property
     def bytes_read(self) -> int:
@@ -113,6 +115,7 @@ def prepare(
         there.ours,
         plan_workspace(demand, budget, threads, on_cpu=TO_VERIFY),
         problems,
+        added_files(there, source),
     )
 
 

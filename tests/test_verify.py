@@ -610,8 +610,8 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     (INDEX_NAME, lambda p: p.write_text(p.read_text().replace("00002-", "00009-")), "line "),
     ("tokenizer.json", Path.unlink, "missing"),
     ("tokenizer.json", lambda p: p.write_text("{ }"), "differs from the source's at byte 1"),
-    ("extra.txt", lambda p: p.write_text("{ }"), "unexpected"),
     ("extra.safetensors", lambda p: p.write_text("{ }"), "unexpected"),
+    ("extra.safetensors.index.json", lambda p: p.write_text("{ }"), "unexpected"),
     ("model-00002-of-00002.safetensors", Path.unlink, "missing"),
     (
         "model-00002-of-00002.safetensors",
@@ -642,6 +642,40 @@ def test_what_is_wrong_with_files_is_named(
     problems = document["problems"]
     assert any(p["file"] == name or name in p["problem"] for p in problems), problems
     assert any(words in p["problem"] for p in problems), problems
+
+
+@pytest.mark.parametrize(
+    "name", ["MODEL_CARD.md", "pytorch_model.bin", "sub/notes.txt", "sub/x.safetensors", "a.gguf/x"]
+)
+@pytest.mark.parametrize("given", ["", "model.safetensors"])
+def test_what_the_user_added_is_not_compared(
+    tmp_path: Path, run: Runner, llama: Path, name: str, given: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme())
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    done = run("verify", output / given, "--against", llama, "--json")
+    listed = name.replace("a.gguf/x", "a.gguf/")
+    assert (done.code, json.loads(done.out)["not_compared"]) == (0, [listed])
+    done = run("verify", output / given, "--against", llama)
+    assert f"1 files that the source does not have, such as {listed}" in done.out
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors"])
+def test_side_files_below_directories_are_those_of_one_file_too(
+    tmp_path: Path, llama: Path, given: str
+) -> None:
+    (llama / "sub").mkdir()
+    (llama / "sub" / "text").write_text("text")
+    convert(llama, tmp_path / "out", Scheme())
+    assert verify(llama, tmp_path / "out" / given)[0] == []
+    (tmp_path / "out" / "sub" / "text").write_text("test")
+    (problem,), _ = verify(llama, tmp_path / "out" / given)
+    assert problem == Problem("sub/text", "", "differs from the source's at byte 2")
+    (tmp_path / "out" / "sub" / "text").unlink()
+    (problem,), _ = verify(llama, tmp_path / "out" / given)
+    assert problem == Problem("sub/text", "", "missing: the source has it")
 
 
 def sparse(path: Path) -> None:
