@@ -108,6 +108,8 @@ def prepare(
         *file_problems(there, source, expectation.config),
         *expectation.problems,
     )
+    if not (weights or problems):
+        problems = (Problem("", "", "not quantized: there are no FP8 weights with scales in it"),)
     return Comparison(
         source,
         there.checkpoint,

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -870,6 +871,17 @@ def load_all(directory: Path) -> Tensors:
     for file in directory.glob("*.safetensors"):
         tensors |= load_file(file)
     return tensors
+
+
+def test_an_output_without_a_weight_in_fp8_is_a_problem(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "out")
+    done = run("verify", tmp_path / "out", "--against", llama, "--json")
+    (problem,) = json.loads(done.out)["problems"]
+    assert done.code == 1
+    assert problem["problem"] == "not quantized: there are no FP8 weights with scales in it"
+    assert "1 problem in" in done.err
 
 
 @pytest.mark.parametrize("which", ["output", "source", "both"])
