@@ -47,8 +47,8 @@ _OTHER_WEIGHTS = re.compile(
     r"|\.(bin|safetensors)\.index\.json$",
     re.IGNORECASE,  # as some file systems are, on which it would stand where ours is to
 )
-# What runs of ours leave for each other.
-_OURS = ".fp8stream-"
+# What ends the name of the directory in which a run makes its output.
+WORK_SUFFIX = ".fp8stream-partial"
 _SKIPPED_DIRECTORIES = {".git", ".cache", "original"}
 _SHARD_NUMBER = re.compile(r"-([0-9]{5,})-of-([0-9]{5,})\.safetensors$")
 
@@ -460,8 +460,8 @@ def _find_side_files(
 
 
 def _is_left(name: str) -> bool:
-    """Whether a file or directory holds other weights, or would stand where ours is to."""
-    return bool(_OTHER_WEIGHTS.search(name)) or os.path.basename(name).startswith(_OURS)
+    """Whether a file or directory holds other weights, or is what an unfinished run left."""
+    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith(WORK_SUFFIX)
 
 
 def _is_beside(path: Path, directory: Path) -> bool:
@@ -487,9 +487,19 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def files_below(directory: Path, left: list[str]) -> Iterator[Path]:
-    """Files below `directory`; what is not looked into comes to be `left`. A link to a directory is
-    not followed, so that no loop can form."""
-    for root, folders, files in os.walk(directory, onerror=lambda e: left.append(e.filename)):
+    """Files below `directory`; what is not looked into comes to be `left`.
+
+    A link to a directory is not followed, so that no loop can form. Raises CheckpointError where one
+    cannot be listed for another reason.
+    """
+
+    def leave(error: OSError) -> None:
+        path = Path(error.filename)
+        if path == directory or not isinstance(error, PermissionError):
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        left.append(f"{path.relative_to(directory)}/")
+
+    for root, folders, files in os.walk(directory, onerror=leave):
         for folder in list(folders):
             path = Path(root) / folder
             if folder in _SKIPPED_DIRECTORIES or path.is_symlink() or _is_left(folder):

@@ -8,15 +8,14 @@ and 143 interrupted.
 import gc
 import os
 import re
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
@@ -37,7 +36,7 @@ from fp8stream.errors import (
 )
 from fp8stream.expectation import LayerError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
-from fp8stream.journal import Fingerprint, fingerprint
+from fp8stream.journal import fingerprint
 from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
 from fp8stream.names import template_and_key
 from fp8stream.output import OutputDirectory, check_output, unfinished_run
@@ -58,6 +57,7 @@ from fp8stream.report import (
     verdict_json,
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.signals import Signalled, Signals
 from fp8stream.structure import Config
 from fp8stream.system import may_have_gpu
 
@@ -72,6 +72,14 @@ F = TypeVar("F", bound=Callable[..., object])
 DEFAULT_BUDGET = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
 SECONDS_BETWEEN_LINES = 30
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command shares with `main`: `notes` are for whoever reads of a failure."""
+
+    signals: Signals
+    notes: list[str] = field(default_factory=list)
 
 
 def _size(context: click.Context, option: click.Parameter, value: str) -> int:
@@ -300,7 +308,7 @@ def inspect(
 @_quiet
 @click.pass_obj
 def quantize(
-    notes: list[str],
+    process: Process,
     /,
     source: str,
     output: str,
@@ -331,32 +339,31 @@ def quantize(
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
     asked = _asked(**options)
     plan = asked.plan(checkpoint, resources)
-
-    def now() -> Fingerprint:
-        return fingerprint(checkpoint, plan, asked.options(max_shard_size))
-
+    now = partial(fingerprint, checkpoint, plan, asked.options(max_shard_size))
     if dry_run:
-        # A plan for the CPU is a plan already: torch takes longer to load than everything before.
-        if device != "cpu" and (device != "auto" or may_have_gpu()):
-            plan, _, _ = _for_device(plan, resources, device)
-        _dry_run(checkpoint, plan, as_json)
+        _dry_run(checkpoint, plan, resources, device, as_json)
         with _complaining():
             target = _check(checkpoint, plan, Path(output), overwrite)
             _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
     target = _check(checkpoint, plan, Path(output), overwrite)
-    with _kept_on_failure(OutputDirectory(target, now(), overwrite, restart), notes) as directory:
+    directory = OutputDirectory(target, now(), overwrite, restart)
+    with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
         _warn(plan.warnings)
-        job = _Job(checkpoint, plan, resources, devices, directory)
-        result = job.run(output, no_progress)
+        job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
+        plan, result = job.run(output, no_progress)
+    _show_result(plan, result, as_json)
+
+
+def _show_result(plan: Plan, result: Result, as_json: bool) -> None:
     with suppress(OSError):
         print_result(plan, result, sys.stderr)
     with _stdout():
         if as_json:
             click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
         else:
-            click.echo(os.fsencode(output))
+            click.echo(os.fsencode(result.output))
 
 
 def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) -> Path:
@@ -387,7 +394,12 @@ def _complaining() -> Iterator[None]:
         _warn([str(error)])
 
 
-def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
+def _dry_run(
+    checkpoint: Checkpoint, plan: Plan, resources: Resources, device: str, as_json: bool
+) -> None:
+    # A plan for the CPU is a plan already: torch takes longer to load than everything before.
+    if device != "cpu" and (device != "auto" or may_have_gpu()):
+        plan, _, _ = _for_device(plan, resources, device)
     _show_plan(checkpoint, plan, as_json)
     if not as_json:
         _warn(plan.warnings)
@@ -405,19 +417,47 @@ def _for_device(
 
 
 @contextmanager
-def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
-    """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
-    with directory:
-        try:
-            yield directory
-        except BaseException as error:
-            # Whoever is told to discard it is not told that it goes on.
-            if directory.kept and "--restart" not in str(error):
-                notes.append(
-                    f"what is done is kept in {directory.work}: the same command goes on, "
-                    "--restart discards it"
-                )
-            raise
+def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[None]:
+    """Opens the directory. Notes for whoever reads of a failure what is kept of the run."""
+    try:
+        with directory:
+            if not directory.locked:
+                what = "this file system has no locks; let no second run write the same output"
+                _warn([f"{directory.work}: {what}"])
+            try:
+                yield
+            except BaseException as error:
+                notes += _kept(directory, error)
+                raise
+    finally:
+        _warn(filter(None, [directory.left]))
+
+
+def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
+    """What to say of a run that ended so, if it left anything."""
+    # Whoever is told to discard it is not told that it goes on.
+    if not directory.kept or directory.placed or "--restart" in str(error):
+        return
+    what = f"what is done is kept in {directory.work}"
+    if isinstance(error, Fp8StreamError) and not error.curable:
+        yield f"{what}, but whatever mends this makes another conversion, which needs --restart"
+    else:
+        yield f"{what}: the same command goes on, --restart discards it"
+
+
+@dataclass
+class _Tally:
+    """What a conversion did so far, whatever its buffers were: the layers that were on disk when it
+    began, and the bytes and the time since."""
+
+    there: Set[int]
+    start: float
+    read: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)
@@ -429,17 +469,26 @@ class _Job:
     resources: Resources
     devices: "tuple[torch.device, ...]"
     directory: OutputDirectory
+    signals: Signals
 
-    def run(self, output: str, no_progress: bool) -> Result:
-        """Converts what is not on disk yet, with smaller buffers where memory runs out."""
+    def run(self, output: str, no_progress: bool) -> tuple[Plan, Result]:
+        """Converts what is not on disk yet, with smaller buffers where memory runs out: the plan
+        with those that did, and what was done."""
+        start, layers = time.perf_counter(), len(self.plan.layers)
         if self.directory.in_place:
-            return self._result(output, 0.0, 0, len(self.plan.layers), MemoryUsage.now())
-        try:
-            return self._convert(output, no_progress)
-        except DeviceMemoryError as error:
-            smaller = self._smaller(error)
-        _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
-        return smaller.run(output, no_progress)
+            tally, now = _Tally(frozenset(range(layers)), start), MemoryUsage.now()
+            return self.plan, self._result(output, tally, now, now)
+        tally = _Tally(self.directory.done(layers), start)
+        if tally.there and not no_progress:
+            share = 100 * self._bytes(tally.there) / max(1, self.plan.bytes_read)
+            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
+        job = self
+        while True:
+            try:
+                return job.plan, job._convert(output, no_progress, tally)
+            except DeviceMemoryError as error:
+                job = job._smaller(error)
+            _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
 
     def _smaller(self, error: DeviceMemoryError) -> "_Job":
         """The same job with half the memory. Raises DeviceError where that is too little."""
@@ -453,7 +502,7 @@ class _Job:
                 f"({format_size(2 * budget)}); free some, or use another device"
             ) from error
 
-    def _convert(self, output: str, no_progress: bool) -> Result:
+    def _convert(self, output: str, no_progress: bool, tally: _Tally) -> Result:
         import torch
 
         from fp8stream.device import running_out_of_memory, warm_up
@@ -462,59 +511,48 @@ class _Job:
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
-        start, clock = time.perf_counter(), Clock()
         done = self.directory.done(len(self.plan.layers))
         tasks = self.plan.tasks(done)
         with running_out_of_memory():
             warm_up(self.devices)
         with (
-            closing(self._progress(done, no_progress)) as progress,
+            closing(_progress(self.plan.bytes_read, self._bytes(done), no_progress)) as progress,
             CheckpointWriter(self.directory, self.plan.files, self.plan.written(done)) as writer,
             PeakMeter() as meter,
         ):
             writer.copy_side_files(self.checkpoint)
-            layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock, tasks)
+            layers = stream_layers(
+                self.checkpoint, self.plan, writer, self.devices, tally.clock, tasks
+            )
             with closing(layers):
-                read = 0
                 for layer in layers:
-                    read += layer.bytes_read
+                    tally.read += layer.bytes_read
                     progress(layer)
+                    self.signals.check()
             meter.sample()
-            _stop_listening()
-            writer.commit(self.plan.config)
-        seconds = time.perf_counter() - start
-        return self._result(output, seconds, read, len(done), meter.peak, meter.baseline, clock)
+            writer.commit(self.plan.config, self.signals.too_late)
+        return self._result(output, tally, meter.peak, meter.baseline)
 
-    def _progress(self, done: Set[int], hidden: bool) -> "Progress":
+    def _bytes(self, layers: Set[int]) -> int:
+        """What is read for them."""
         slab = self.plan.workspace.slab_bytes
-        there = sum(self.plan.layers[number].bytes_read(slab) for number in done)
-        if done and not hidden:
-            share = 100 * there / max(1, self.plan.bytes_read)
-            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
-        return _progress(self.plan.bytes_read, there, hidden)
+        return sum(self.plan.layers[number].bytes_read(slab) for number in layers)
 
     def _result(
-        self,
-        output: str,
-        seconds: float,
-        read: int,
-        there: int,
-        peak: MemoryUsage,
-        baseline: MemoryUsage | None = None,
-        clock: Clock | None = None,
+        self, output: str, tally: _Tally, peak: MemoryUsage, baseline: MemoryUsage
     ) -> Result:
         from fp8stream.device import device_peak
 
         return Result(
             output,
-            seconds,
-            read,
+            tally.seconds,
+            tally.read,
             self.plan.bytes_written,
-            there,
+            len(tally.there),
             peak,
-            baseline or peak,
+            baseline,
             device_peak(self.devices),
-            clock or Clock(),
+            tally.clock,
         )
 
 
@@ -764,57 +802,15 @@ def _progress(total: int, there: int, hidden: bool) -> Progress:
     return _Bar(total, there) if sys.stderr.isatty() else _Lines(total, there)
 
 
-class _Signalled(BaseException):
-    """A signal came that asks us to stop."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _StopOnce:
-    """Raises at the first signal. A second ends the process at once: whatever a run has on record
-    outlives that as it does a power cut."""
-
-    def __init__(self) -> None:
-        self._stopping = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
-            os._exit(128 + number)
-        self._stopping = True
-        raise _Signalled(number)
-
-
-def _listen() -> None:
-    """Stops at Ctrl-C and `kill`, in a shell's background too; under `nohup` not at a hang-up."""
-    stop = _StopOnce()
-    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
-        for number in _STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, stop)
-
-
-def _stop_listening() -> None:
-    """From here on a signal would come too late to stop the run, and only break off its end.
-
-    Not a blocked mask, which holds for one thread: another would take the signal for us.
-    """
-    with suppress(ValueError):
-        for number in _STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
     # A stream that was closed, as `2>&-` does, is no reason to fail.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    _listen()
-    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if signals is None:
+        signals = Signals()
+        signals.listen()
+    code = _run(list(sys.argv[1:] if arguments is None else arguments), signals)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -824,22 +820,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def run() -> NoReturn:
-    """The `fp8stream` command.
+def run(signals: Signals | None = None) -> NoReturn:
+    """The `fp8stream` command, for which `signals` listens already.
 
     Leaves at once: taking torch down takes half a second, in which a signal would still change the
     exit code of a run that is done.
     """
-    os._exit(main())
+    os._exit(main(signals=signals))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], signals: Signals) -> int:
     # A plan is many small objects and no garbage: looking for it took half the time of inspect.
     gc.set_threshold(200_000, 50, 100)
-    notes: list[str] = []
+    process = Process(signals)
     try:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
-        with cli.make_context("fp8stream", arguments, obj=notes) as context:
+        with cli.make_context("fp8stream", arguments, obj=process) as context:
             cli.invoke(context)
     except _ReaderLeft:
         return 0
@@ -849,17 +845,18 @@ def _run(arguments: list[str]) -> int:
         with suppress(OSError):
             error.show()
         return error.exit_code
-    except _Signalled as signalled:
-        name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
-        return _failed([name, *notes], 128 + signalled.number)
+    except Signalled as signalled:
+        return _failed([str(signalled), *process.notes], 128 + signalled.number)
     except Fp8StreamError as error:
-        return _failed([str(error), *notes], 1)
+        return _failed([str(error), *process.notes], 1)
     except MemoryError:
         what = "out of memory; give a smaller --memory-budget, or fewer --threads"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     except Exception as error:
+        if signals.came:  # which an import may turn into an error of its own
+            return _failed([str(signals.came), *process.notes], 128 + signals.came.number)
         what = f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     return 0
 
 

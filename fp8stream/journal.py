@@ -7,6 +7,7 @@ cut short ends the journal there, and costs what it said and no more. Pure.
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,11 @@ class Journal:
             found.update(range(max(begin, reached), end))
             reached = max(reached, end)
         return frozenset(found)
+
+
+def is_journal(begin: bytes) -> bool:
+    """Whether a file that begins so is a journal, if a damaged one or one of another version."""
+    return re.match(rb'[0-9a-f]{8} \{"journal":', begin) is not None
 
 
 def parse_journal(data: bytes) -> Journal:

@@ -6,40 +6,43 @@ command goes on. What would stop that rename is looked for before any work is do
 """
 
 import errno
-import fcntl
 import os
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from fp8stream.checkpoint import Checkpoint
-from fp8stream.errors import OutputError
-from fp8stream.header import shorten
+from fp8stream.checkpoint import WORK_SUFFIX, Checkpoint
+from fp8stream.errors import CheckpointError, OutputError
+from fp8stream.header import open_regular, shorten
 from fp8stream.journal import (
     Fingerprint,
     Journal,
     differences,
     first_line,
+    is_journal,
     layers_line,
     parse_journal,
     publishing_line,
 )
+from fp8stream.lock import LOCK, lock_directory
 from fp8stream.memory import format_size
 from fp8stream.system import append_all, exchange, sync_directory, write_file
 
-WORK_SUFFIX = ".fp8stream-partial"
 # In the directory beside the output. The journal tells what a run left from all that is not ours.
 JOURNAL = "journal"
 CONTENT = "output"
 _NEW_JOURNAL = "journal.new"
 _REPLACED = "replaced"
+_OURS = {JOURNAL, CONTENT, _NEW_JOURNAL, _REPLACED, LOCK}
 # The file of an output that is written last.
 _LAST = "config.json"
 # A line is some 60 bytes: more than a run of months writes.
 _LARGEST_JOURNAL = 1 << 28
+# Seconds that leaving waits for a record under way: a slow disk takes more of them.
+_LAST_WAIT = 0.1
 
 
 def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: bool) -> Path:
@@ -117,10 +120,11 @@ def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _check_absent(target: Path, overwrite: bool) -> None:
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise OutputError(f"{target}: expected a new or empty directory, found a file")
+        what = "a link that leads nowhere" if target.is_symlink() else "a file"
+        raise OutputError(f"{target}: expected a new or empty directory, found {what}")
     if os.path.ismount(target):
         raise OutputError(
             f"{target}: a mount point, which cannot be put in place in one step; give a directory "
@@ -140,7 +144,7 @@ def _check_absent(target: Path, overwrite: bool) -> None:
 def _left_behind(work: Path) -> int:
     """Bytes that an unfinished run left: going on needs them no more, and a new run frees them."""
     with suppress(FileNotFoundError):  # another run is at work there, and will be told of
-        if (work / JOURNAL).exists():
+        if work.is_dir() and _is_ours(work):
             return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
     return 0
 
@@ -188,6 +192,8 @@ def unfinished_run(target: Path, now: Callable[[], Fingerprint]) -> str | None:
     Raises OutputError if it is another one.
     """
     work = work_directory(target)
+    if os.path.lexists(work):
+        _check_ours(work)
     before = _read_journal(work)
     if before is None or not before.layers or _is_in_place(target, before):
         return None
@@ -211,7 +217,9 @@ class OutputDirectory:
     """The directory whose `content` will be `output`. A context manager, locked while it is open.
 
     Left unpublished it stays, if anything of it is on record, for the same command to go on; else
-    it is removed. `in_place` says that an earlier run had finished all but tidying up.
+    it is removed. `in_place` says that an earlier run had finished all but tidying up, and `locked`
+    that no other run can come in between: not every file system can say so. `placed` says that this
+    run put it in place, if not for good. `left` is what to say where tidying up failed.
     """
 
     def __init__(
@@ -222,6 +230,9 @@ class OutputDirectory:
         self.work = work_directory(output)
         self.content = self.work / CONTENT
         self.in_place = False
+        self.locked = False
+        self.placed = False
+        self.left: str | None = None
         self._now = now
         self._overwrite = overwrite
         self._restart = restart
@@ -229,7 +240,8 @@ class OutputDirectory:
         self._made: list[Path] = []
         self._lock = -1
         self._journal = -1
-        self._recorded: set[int] = set()
+        self._recorded: frozenset[int] = frozenset()
+        self._recording = False
         self._begun = False
         self._finished = False
         self._appending = threading.Lock()
@@ -238,12 +250,19 @@ class OutputDirectory:
         with self.failing():
             self._made = [parent for parent in self.work.parents if not parent.exists()]
             self.work.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock_directory(self.work)
+            self._lock, self.locked = lock_directory(self.work, lambda: _make_work(self.work))
             try:
                 self._begin()
             except BaseException:
-                # What is there may be an unfinished run; all of it is ours only once we began.
-                (self.__exit__ if self._begun else self._close)()
+                if self._begun:
+                    self.__exit__()
+                else:
+                    # What is there may be an unfinished run: it stays, if there is anything.
+                    with suppress(OSError):
+                        if os.listdir(self.work) == [LOCK]:
+                            self._remove_work()
+                    self._close_journal()
+                    self._unlock()
                 raise
         return self
 
@@ -252,7 +271,7 @@ class OutputDirectory:
         before = None if self._restart else _read_journal(self.work)
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
-            sync_directory(self.output.parent)
+            self._sync_name()
         elif before and before.layers:
             self._check_left(before)
             self._before = before
@@ -300,44 +319,82 @@ class OutputDirectory:
         Raises OSError.
         """
         layers = list(layers)
-        if self._append(layers_line(layers)):
-            self._recorded.update(layers)
-
-    def _append(self, line: bytes) -> bool:
-        """False if the journal is closed: it may be another run's by now."""
         with self._appending:
             if self._journal < 0:
-                return False
-            append_all(self._journal, line)
-            os.fdatasync(self._journal)
-            return True
+                return  # it may be another run's by now
+            self._recording = True  # whoever stops us meanwhile must take it for done
+            try:
+                self._append(layers_line(layers))
+            except OSError:
+                self._recording = bool(self._recorded)
+                raise
+            # Another set: somebody may be reading this one.
+            self._recorded = self._recorded.union(layers)
+
+    def _append(self, line: bytes) -> None:
+        append_all(self._journal, line)
+        os.fdatasync(self._journal)
 
     def __exit__(self, *error: object) -> None:
+        if not self._close_journal():
+            # A slow disk: whoever stops us does not wait for a record. Somebody is at work in
+            # there, and nothing is removed; the lock ends with the process, and so does he.
+            return
         try:
             if not self.kept:
-                with suppress(OSError):
-                    self._discard()
-                    self.work.rmdir()
-                    for parent in () if self.in_place else self._made:
-                        parent.rmdir()
+                self._tidy_up()
         finally:
-            self._close()
+            self._unlock()
+
+    def _tidy_up(self) -> None:
+        try:
+            self._discard()
+            self._remove_work()
+        except OSError as error:
+            if os.path.lexists(self.work):
+                where = f"{self.work}: could not be removed: {error.filename or self.work}"
+                self.left = f"{where}: {error.strerror}; the same command does it, once it can"
+        with suppress(OSError):  # somebody may have put something else there
+            for parent in () if self.in_place else self._made:
+                parent.rmdir()
+
+    def _remove_work(self) -> None:
+        """Removes the directory, of which the lock is left. From here on it may be another run's:
+        nothing else in it is touched any more."""
+        (self.work / LOCK).unlink()
+        self._unlock()  # NFS keeps a file under another name as long as it is open
+        try:
+            self.work.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                raise
 
     @property
     def kept(self) -> bool:
         """Whether leaving now keeps what was done."""
-        some = self._before is not None or bool(self._recorded) or self._finished
+        some = self._before is not None or self._recording or self._finished
         return some and not self.in_place
 
-    def _close(self) -> None:
-        with self._appending:
-            for descriptor in (self._journal, self._lock):
-                if descriptor >= 0:
-                    os.close(descriptor)
-            self._journal = self._lock = -1
+    def _close_journal(self) -> bool:
+        """From here on nothing is recorded. False if something just is, and will be for a while."""
+        if not self._appending.acquire(timeout=_LAST_WAIT):
+            return False
+        try:
+            if self._journal >= 0:
+                os.close(self._journal)
+            self._journal = -1
+        finally:
+            self._appending.release()
+        return True
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
 
     def _discard(self) -> None:
-        """Empties the directory. What was to be replaced goes back, if it was moved aside.
+        """Empties the directory but for the lock. What was to be replaced goes back, if it was
+        moved aside.
 
         Of an output that is in place the journal goes last: by it the same command knows that.
         """
@@ -352,6 +409,8 @@ class OutputDirectory:
                 last.rename(aside)
             last = aside
         for left in sorted(self.work.iterdir(), key=lambda path: path == last):
+            if left.name == LOCK:
+                continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
@@ -370,50 +429,47 @@ class OutputDirectory:
             what = error.strerror or str(error)
             raise OutputError(f"{self.output}: cannot be written: {what}") from error
 
-    def publish(self) -> None:
-        """One rename. What was finished is never thrown away: on failure it stays where it is."""
+    def publish(self, placing: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+        """One rename, made inside of `placing`.
+
+        What was finished is never thrown away: on failure it stays where it is.
+        """
+        try:
+            _check_absent(self.output, self._overwrite)
+        except OutputError as error:  # somebody came meanwhile
+            raise OutputError(
+                f"{error}; the finished output is {self.content}: move it where you want it"
+            ) from error
         sync_directory(self.content)
         written = (self.content / _LAST).stat().st_mtime_ns
-        self._append(publishing_line(self.content.stat().st_ino, written))
+        with self._appending:
+            self._append(publishing_line(self.content.stat().st_ino, written))
         self._finished = True
-        kept = f"the finished output is {self.content}: move it where you want it, or run again"
         try:
-            _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
-            if self._overwrite and self.output.exists():
-                exchange(self.content, self.output, self.work / _REPLACED)
-            else:
-                self.content.rename(self.output)
-        except OutputError as error:
-            raise OutputError(f"{error}; {kept}") from error
+            with placing():
+                if self._overwrite and self.output.exists():
+                    exchange(self.content, self.output, self.work / _REPLACED)
+                else:
+                    self.content.rename(self.output)
         except OSError as error:
-            what = f"could not be put in place: {error.strerror}"
-            raise OutputError(f"{self.output}: {what}; {kept}") from error
+            raise OutputError(
+                f"{self.output}: could not be put in place: {error.strerror}; the finished output "
+                f"is {self.content}: move it where you want it"
+            ) from error
+        self.placed = True
         # Before anything is tidied up, or after a failure the same command would find no journal.
-        sync_directory(self.output.parent)
+        self._sync_name()
         self.in_place = True
 
-
-def _lock_directory(work: Path) -> int:
-    """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
-    while True:
-        _make_work(work)
+    def _sync_name(self) -> None:
         try:
-            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # as below
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
+            sync_directory(self.output.parent)
+        except OSError as error:
             raise OutputError(
-                f"{work}: another run is writing this output; wait for it, or give another OUTPUT"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: two runs at once are then the user's to avoid
-        # The run that had it may have published or removed it between our two calls.
-        if os.path.lexists(work) and os.path.samestat(os.fstat(descriptor), os.lstat(work)):
-            return descriptor
-        os.close(descriptor)
+                f"{self.output}: is whole and in place, but may be lost with the power: "
+                f"{self.output.parent} cannot be synced: {error.strerror}; the same command tries "
+                "again"
+            ) from error
 
 
 def _make_work(work: Path) -> None:
@@ -422,14 +478,32 @@ def _make_work(work: Path) -> None:
         work.mkdir()
     except FileExistsError:
         with suppress(FileNotFoundError):  # the run that had it has just removed it
-            if stat.S_ISDIR(work.lstat().st_mode) and _is_ours(os.listdir(work)):
-                return
-            raise OutputError(
-                f"{work}: in the way: expected nothing, or what an unfinished run left; look at "
-                "it, then move or remove it"
-            ) from None
+            _check_ours(work)
 
 
-def _is_ours(names: Sequence[str]) -> bool:
-    """Whether a directory that holds `names` is one that a run of ours left."""
-    return not names or JOURNAL in names or _NEW_JOURNAL in names
+def _check_ours(work: Path) -> None:
+    """Raises OutputError if no run of ours made what stands there."""
+    if not stat.S_ISDIR(work.lstat().st_mode) or not _is_ours(work):
+        raise OutputError(
+            f"{work}: in the way: expected nothing, or what an unfinished run left; look at it, "
+            "then move or remove it"
+        )
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a directory is one that a run of ours left: there was no journal yet, or there is
+    one, or what a crash made of it, and then nothing but what we put there."""
+    names = {*os.listdir(work)}
+    journals = names & {JOURNAL, _NEW_JOURNAL}
+    if any(is_journal(_begin_of(work / name)) for name in journals):
+        return True
+    return names <= (_OURS if journals else {LOCK})
+
+
+def _begin_of(path: Path) -> bytes:
+    """The first bytes of a file; none where there is no file."""
+    try:
+        with open_regular(path) as stream:
+            return stream.read(64)
+    except (OSError, CheckpointError):
+        return b""

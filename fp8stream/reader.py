@@ -14,7 +14,7 @@ from mmap import PAGESIZE
 from operator import itemgetter
 from pathlib import Path
 
-from fp8stream.errors import CheckpointError
+from fp8stream.errors import CheckpointError, SourceChangedError
 from fp8stream.header import Shard, TensorSpec, reading
 from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.views import Runs
@@ -86,7 +86,7 @@ def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
     status = os.fstat(descriptor)
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
         difference = _difference(status, shard)
-        raise CheckpointError(
+        raise SourceChangedError(
             f"{path}: changed since its header was read: {difference}; let what writes it finish, "
             "then run again"
         )
@@ -152,7 +152,7 @@ class ShardReader:
                     f"{error.strerror}"
                 ) from error
             if not count:
-                raise CheckpointError(
+                raise SourceChangedError(
                     f"{self.path}: tensor {name!r}: the file ends at byte {offset + done}, expected"
                     f" {offset + len(buffer)}; it shrank while it was read"
                 )

@@ -22,6 +22,7 @@ HOUSE = [
     "recorder",
     "filling",
     "output",
+    "lock",
     "journal",
     "report",
     "evidence",
@@ -53,6 +54,7 @@ HOUSE = [
     "memory",
     "clock",
     "system",
+    "signals",
     "errors",
     "__init__",
 ]
@@ -78,6 +80,7 @@ PURE = {
     "scheme",
     "coverage",
     "errors",
+    "journal",
 }
 NO_TORCH = PURE | {
     "cli",
@@ -88,6 +91,12 @@ NO_TORCH = PURE | {
     "reader",
     "output",
     "system",
+    "signals",
+    "evidence",
+    "recorder",
+    "filling",
+    "lock",
+    "clock",
     "__init__",
 }
 
