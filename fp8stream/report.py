@@ -416,12 +416,13 @@ def _verdict_rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("peak memory", f"{format_size(verdict.host_bytes)} over the baseline, planned {planned}"),
         ("problems", f"{len(verdict.problems):,}" if verdict.problems else "none"),
     ]
-    for names, what in (
-        (verdict.not_compared, "tensors without a source"),
-        (verdict.added_files, "files that the source does not have"),
+    for names, one, what in (
+        (verdict.not_compared, "tensor", "without a source"),
+        (verdict.added_files, "file", "that the source does not have"),
     ):
         if names:
-            rows.append(("not compared", f"{len(names):,} {what}, such as {escape(names[0])}"))
+            count = f"{len(names):,} {one}{'s' if len(names) > 1 else ''}"
+            rows.append(("not compared", f"{count} {what}, such as {escape(names[0])}"))
     return rows
 
 
