@@ -36,7 +36,7 @@ from fp8stream.errors import (
 )
 from fp8stream.expectation import LayerError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
-from fp8stream.journal import fingerprint
+from fp8stream.journal import Fingerprint, fingerprint
 from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
 from fp8stream.names import template_and_key
 from fp8stream.output import OutputDirectory, check_output, unfinished_run
@@ -343,22 +343,22 @@ def quantize(
     if dry_run:
         _dry_run(checkpoint, plan, resources, device, as_json)
         with _complaining():
-            target = _check(checkpoint, plan, Path(output), overwrite)
+            target = _check(checkpoint, plan, Path(output), overwrite, now)
             _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
-    target = _check(checkpoint, plan, Path(output), overwrite)
+    target = _check(checkpoint, plan, Path(output), overwrite, now)
     directory = OutputDirectory(target, now(), overwrite, restart)
     with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
         _warn(plan.warnings)
         job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
+        there = directory.in_place
         plan, result = job.run(output, no_progress)
-    _show_result(plan, result, as_json)
-
-
-def _show_result(plan: Plan, result: Result, as_json: bool) -> None:
-    with suppress(OSError):
-        print_result(plan, result, sys.stderr)
+    if there:
+        _tell(f"{output}: finished by the run before this one, which was stopped as it tidied up")
+    else:
+        with suppress(OSError):
+            print_result(plan, result, sys.stderr)
     with _stdout():
         if as_json:
             click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
@@ -366,7 +366,13 @@ def _show_result(plan: Plan, result: Result, as_json: bool) -> None:
             click.echo(os.fsencode(result.output))
 
 
-def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) -> Path:
+def _check(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    overwrite: bool,
+    now: Callable[[], Fingerprint],
+) -> Path:
     """Everything that can be refused before any work; the directory to write to."""
     if checkpoint.quantized_as:
         raise CheckpointError(
@@ -382,7 +388,7 @@ def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) ->
             f"{checkpoint.path}: nothing to quantize: {'; '.join(reasons)}; "
             "'fp8stream inspect' tells more, --include asks for layers by name"
         )
-    return check_output(output, checkpoint, plan.disk_bytes, overwrite)
+    return check_output(output, checkpoint, plan.disk_bytes, overwrite, now)
 
 
 @contextmanager
@@ -783,8 +789,8 @@ class _Lines(Progress):
     def __call__(self, done: "LayerDone | Checked") -> None:
         self._done += done.bytes_read
         now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return
+        if now - self._last < SECONDS_BETWEEN_LINES or not self._done:
+            return  # what was read tells the rate
         self._last = now
         rate = self._done / (now - self._start)
         reached = self._there + self._done
@@ -804,7 +810,11 @@ def _progress(total: int, there: int, hidden: bool) -> Progress:
 
 def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
-    # A stream that was closed, as `2>&-` does, is no reason to fail.
+    # A stream that was closed, as `2>&-` does, is no reason to fail, nor for the next file that is
+    # opened to get its number, and what is meant for the eye.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if signals is None:

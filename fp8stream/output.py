@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from fp8stream.checkpoint import WORK_SUFFIX, Checkpoint
+from fp8stream.checkpoint import INDEX_SUFFIX, WORK_SUFFIX, Checkpoint
 from fp8stream.errors import CheckpointError, OutputError
 from fp8stream.header import open_regular, shorten
 from fp8stream.journal import (
     Fingerprint,
     Journal,
     differences,
+    files_digest,
     first_line,
     is_journal,
     layers_line,
@@ -45,20 +46,26 @@ _LARGEST_JOURNAL = 1 << 28
 _LAST_WAIT = 0.1
 
 
-def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: bool) -> Path:
+def check_output(
+    output: Path,
+    checkpoint: Checkpoint,
+    needed: int,
+    overwrite: bool,
+    now: Callable[[], Fingerprint],
+) -> Path:
     """The real path to write to, or an OutputError before any work is done.
 
     Refused: an output that exists (unless it is an empty directory, or a checkpoint and `overwrite`
     says so), one inside the source or around any file of it, the current directory, a mount point,
     an unwritable place, a disk with less than `needed` bytes free, unless all that is left of a run
-    is to tidy up.
+    of `now` is to tidy up.
     """
     target = Path(os.path.realpath(output))
     if not target.name:
         raise OutputError(f"{output}: OUTPUT has no name; give a directory below it")
     try:
         _check_apart(target, checkpoint)
-        if _was_put_in_place(target):
+        if _was_put_in_place(target, now):
             needed = 0
         else:
             _check_absent(target, overwrite)
@@ -172,18 +179,33 @@ def _damaged(work: Path, what: OutputError) -> str:
     return f"{work / JOURNAL}: damaged: {what}; --restart discards the unfinished run"
 
 
-def _was_put_in_place(target: Path) -> bool:
-    """Whether OUTPUT is that of a run which was killed when only tidying up was left to do."""
+def _was_put_in_place(target: Path, now: Callable[[], Fingerprint]) -> bool:
+    """Whether OUTPUT is that of a run of `now`, killed when only tidying up was left to do."""
     with suppress(OutputError):  # of the journal: whoever takes it over will say it
-        return _is_in_place(target, _read_journal(work_directory(target)))
+        journal = _read_journal(work_directory(target))
+        if journal is not None and _is_in_place(target, journal):
+            return journal.fingerprint == now()
     return False
 
 
-def _is_in_place(target: Path, journal: Journal | None) -> bool:
-    if journal is None or journal.inode is None or not (target / _LAST).is_file():
+def _is_in_place(target: Path, journal: Journal) -> bool:
+    if journal.inode is None or not (target / _LAST).is_file():
         return False
-    found = target.stat().st_ino, (target / _LAST).stat().st_mtime_ns
-    return found == (journal.inode, journal.written)
+    found = target.stat().st_ino, (target / _LAST).stat().st_mtime_ns, _files_of(target)
+    return found == (journal.inode, journal.written, journal.files)
+
+
+def _files_of(directory: Path) -> str:
+    """A digest of what makes a checkpoint of a directory: its tensor files, index and config."""
+    with os.scandir(directory) as entries:
+        sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+    ends = (".safetensors", INDEX_SUFFIX)
+    return files_digest({n: s for n, s in sizes.items() if n.endswith(ends) or n == _LAST})
+
+
+def _was_moved_away(work: Path, journal: Journal) -> bool:
+    """Whether a finished output was put in place, and then somewhere else by somebody."""
+    return journal.inode is not None and not os.path.lexists(work / CONTENT)
 
 
 def unfinished_run(target: Path, now: Callable[[], Fingerprint]) -> str | None:
@@ -196,6 +218,8 @@ def unfinished_run(target: Path, now: Callable[[], Fingerprint]) -> str | None:
         _check_ours(work)
     before = _read_journal(work)
     if before is None or not before.layers or _is_in_place(target, before):
+        return None
+    if _was_moved_away(work, before):
         return None
     _check_same(work, before, now())
     layers = sum(end - begin for begin, end in before.layers)
@@ -272,7 +296,7 @@ class OutputDirectory:
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
             self._sync_name()
-        elif before and before.layers:
+        elif before and before.layers and not _was_moved_away(self.work, before):
             self._check_left(before)
             self._before = before
         if not self.in_place:
@@ -441,9 +465,9 @@ class OutputDirectory:
                 f"{error}; the finished output is {self.content}: move it where you want it"
             ) from error
         sync_directory(self.content)
-        written = (self.content / _LAST).stat().st_mtime_ns
+        inode, written = self.content.stat().st_ino, (self.content / _LAST).stat().st_mtime_ns
         with self._appending:
-            self._append(publishing_line(self.content.stat().st_ino, written))
+            self._append(publishing_line(inode, written, _files_of(self.content)))
         self._finished = True
         try:
             with placing():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fp8stream import cli
+from fp8stream.stream import LayerDone
 from tests.conftest import Run, llama_tensors, write_checkpoint
 
 Runner = Callable[..., Run]
@@ -171,6 +172,33 @@ def test_stdout_alone_is_the_path(llama: Path) -> None:
 def test_a_stderr_that_is_closed_does_not_stop_a_run(llama: Path) -> None:
     done = shell("fp8stream quantize llama o 2>&-", llama.parent)
     assert (done.returncode, done.stdout) == (0, "o\n")
+
+
+def test_streams_that_are_closed_are_not_what_a_run_opens_next(llama: Path) -> None:
+    """A line for the eye would go there; and no lock is given back by whoever prints one."""
+    python = (
+        "import os, sys; from fp8stream import cli, writer; commit = writer.CheckpointWriter.commit"
+        "\ndef look(*arguments):\n"
+        "    open('streams', 'w').write(' '.join(map(os.readlink, "
+        "map('/proc/self/fd/{}'.format, range(3)))))\n"
+        "    commit(*arguments)\n"
+        "writer.CheckpointWriter.commit = look; cli.run()"
+    )
+    (llama.parent / "script").write_text(python)
+    done = shell(f"{sys.executable} script quantize llama o <&- >&- 2>&-", llama.parent)
+    assert done.returncode == 0
+    assert (llama.parent / "streams").read_text() == " ".join(["/dev/null"] * 3)
+
+
+def test_a_line_before_anything_was_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cli, "_tell", told.append)
+    lines = cli._Lines(10, 0)
+    for size in (0, 5):
+        time.sleep(0.001)
+        lines(LayerDone("layer", size, size))
+    assert [line.partition(":")[0] for line in told] == ["50 %"]
 
 
 def ignore_sigint() -> None:

@@ -366,7 +366,7 @@ def test_a_damaged_journal_is_refused_until_restart(
 
 def test_a_journal_cut_at_any_byte_says_less_and_never_more() -> None:
     head, one, two = first_line({"a": "\0\r\n é"}), layers_line([0, 1, 5]), layers_line([2])
-    whole = head + one + two + publishing_line(7, 8)
+    whole = head + one + two + publishing_line(7, 8, "9")
     for size in range(len(whole) + 1):
         if size < len(head):
             with pytest.raises(OutputError, match="first line is damaged"):
@@ -427,12 +427,58 @@ def test_killed_when_only_tidying_up_was_left(
     done = run("quantize", llama, tmp_path / "out", *options, *scheme, "--json")
     if kept == "same":
         assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+        assert len(done.err.splitlines()) == 1
+        assert "finished by the run before this one" in done.err
         assert contents(tmp_path / "out") == before
         assert not (tmp_path / PARTIAL).exists()
     else:
         assert done.code == (0 if overwrite else 1)
         assert overwrite or "exists already" in done.err
         assert (contents(tmp_path / "out") != before) == overwrite
+
+
+@pytest.fixture
+def untidy(tmp_path: Path, run: Runner, llama: Path) -> Path:
+    """An output that is in place, of a run that was killed before it tidied up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "_discard", lambda self: None)
+        assert run("quantize", llama, tmp_path / "out").code == 0
+    return tmp_path / "out"
+
+
+def test_what_was_put_in_place_and_then_moved_away_is_made_anew(
+    untidy: Path, tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    untidy.rename(tmp_path / "elsewhere")
+    assert "unfinished run" not in run("quantize", llama, untidy, "--dry-run").err
+    done = run("quantize", llama, untidy, "--json")
+    assert (done.code, json.loads(done.out)["layers_continued"]) == (0, 0)
+    assert contents(untidy) == contents(tmp_path / "elsewhere")
+    assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+def test_an_output_in_place_that_lost_a_file_is_not_taken_for_finished(
+    untidy: Path, run: Runner, llama: Path, file: str, damage: str
+) -> None:
+    if damage == "gone":
+        (untidy / file).unlink()
+    else:
+        status = (untidy / file).stat()
+        os.truncate(untidy / file, 100)
+        os.utime(untidy / file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    refused = run("quantize", llama, untidy)
+    assert (refused.code, "exists already" in refused.err) == (1, True), refused
+
+
+def test_the_disk_must_have_room_for_another_conversion_than_was_put_in_place(
+    untidy: Path, tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    refused = run("quantize", llama, untidy, "--overwrite", "--scheme", "block")
+    assert (refused.code, "not enough disk space" in refused.err) == (1, True), refused
+    assert run("quantize", llama, untidy, "--overwrite").code == 0
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
