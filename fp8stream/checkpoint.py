@@ -489,8 +489,8 @@ def _files(directory: Path) -> Iterator[Path]:
 def files_below(directory: Path, left: list[str]) -> Iterator[Path]:
     """Files below `directory`; what is not looked into comes to be `left`.
 
-    A link to a directory is not followed, so that no loop can form. Raises CheckpointError where one
-    cannot be listed for another reason.
+    A link to a directory is not followed, so that no loop can form. One that may not be looked into
+    is left; raises CheckpointError where one cannot be listed for another reason.
     """
 
     def leave(error: OSError) -> None:
