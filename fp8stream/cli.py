@@ -110,6 +110,38 @@ def _expression(
         raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
 
 
+def _expert_layout(what: str) -> Callable[[F], F]:
+    layouts = click.Choice([layout.value for layout in ExpertLayout])
+    return click.option("--expert-layout", type=layouts, help=what)
+
+
+def _memory_budget(what: str) -> Callable[[F], F]:
+    return click.option(
+        "--memory-budget",
+        callback=_size,
+        metavar="SIZE",
+        default=DEFAULT_BUDGET,
+        show_default=True,
+        help=what,
+    )
+
+
+def _threads(what: str) -> Callable[[F], F]:
+    workers = click.IntRange(1, 1024)
+    return click.option(
+        "--threads", type=workers, metavar="N", help=f"{what}  [default: all cores]"
+    )
+
+
+def _json(command: F) -> F:
+    words = "The result as one JSON object on stdout."
+    return click.option("--json", "as_json", is_flag=True, help=words)(command)
+
+
+def _quiet(command: F) -> F:
+    return click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")(command)
+
+
 def _scheme_options(command: F) -> F:
     """The options that say what would be done: the same for `quantize` and `inspect`."""
     for option in reversed(
@@ -155,11 +187,9 @@ def _scheme_options(command: F) -> F:
                 show_default=True,
                 help="How experts that lie in one tensor are written; keep leaves all in 16 bit.",
             ),
-            click.option(
-                "--expert-layout",
-                type=click.Choice([layout.value for layout in ExpertLayout]),
-                help="How they lie there, if the model type does not tell: [experts, out, in] or "
-                "[experts, in, out], gate and up in halves or interleaved.",
+            _expert_layout(
+                "How they lie there, if the model type does not tell: [experts, out, in] or "
+                "[experts, in, out], gate and up in halves or interleaved."
             ),
         ]
     ):
@@ -255,14 +285,7 @@ def inspect(
     show_default=True,
     help="Where to compute: auto, cpu, cuda (all GPUs) or cuda:N.",
 )
-@click.option(
-    "--memory-budget",
-    callback=_size,
-    metavar="SIZE",
-    default=DEFAULT_BUDGET,
-    show_default=True,
-    help="Host staging and device buffers together.",
-)
+@_memory_budget("Host staging and device buffers together.")
 @click.option(
     "--max-shard-size",
     callback=_size,
@@ -271,12 +294,7 @@ def inspect(
     show_default=True,
     help="The largest file to write.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Workers that read, quantize and write.  [default: all cores]",
-)
+@_threads("Workers that read, quantize and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the reasons; write nothing.")
 @click.option(
     "--overwrite",
@@ -286,8 +304,8 @@ def inspect(
 @click.option(
     "--restart", is_flag=True, help="Discard an unfinished run to OUTPUT instead of going on."
 )
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+@_json
+@_quiet
 @click.pass_obj
 def quantize(
     process: Process,
@@ -555,27 +573,11 @@ class _Job:
     metavar="SOURCE",
     help="What OUTPUT was made from: a checkpoint directory or one .safetensors file.",
 )
-@click.option(
-    "--expert-layout",
-    type=click.Choice([layout.value for layout in ExpertLayout]),
-    help="How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.",
-)
-@click.option(
-    "--memory-budget",
-    callback=_size,
-    metavar="SIZE",
-    default=DEFAULT_BUDGET,
-    show_default=True,
-    help="All buffers together.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Workers that read and compare.  [default: all cores]",
-)
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+@_expert_layout("How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.")
+@_memory_budget("All buffers together.")
+@_threads("Workers that read and compare.")
+@_json
+@_quiet
 def verify(
     output: str,
     source: str,
@@ -646,6 +648,7 @@ def _verdict(comparison: "Comparison", output: str, start: float, progress: "Pro
         tuple(sorted(problems, key=lambda p: (p.file, p.tensor, p.problem))),
         tuple(sorted(layers, key=lambda layer: template_and_key(layer.name))),
         expectation.not_compared,
+        comparison.added_files,
     )
 
 

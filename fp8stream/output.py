@@ -89,8 +89,19 @@ def work_directory(output: Path) -> Path:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether `path` is where a run has not put its output in place yet, or the output in there."""
-    return any(part.name.endswith(WORK_SUFFIX) for part in (path, path.parent))
+    """Whether `path` is where a run works that has not put its output in place yet, or the output
+    in there, or a file of that. The journal tells, whatever the directory is called."""
+    place = Path(os.path.realpath(path))
+    place = place if place.is_dir() else place.parent
+    works = [place, *([place.parent] if place.name == CONTENT else [])]
+    return any(_has_journal(work) and (work / CONTENT).is_dir() for work in works)
+
+
+def _has_journal(work: Path) -> bool:
+    """Whether a run of ours left a journal there; something else may have that name."""
+    with suppress(OutputError):
+        return _read_journal(work) is not None
+    return False
 
 
 def _check_apart(target: Path, checkpoint: Checkpoint) -> None:
