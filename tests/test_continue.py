@@ -117,7 +117,8 @@ def killed_after(tasks: int) -> Iterator[None]:
         nonlocal begun
         begun += 1
         if begun > tasks:
-            self._writer._recorder.flush()
+            assert isinstance(self._sink, CheckpointWriter)
+            self._sink._recorder.flush()
             raise Killed
         Convert(self, task)
 
