@@ -25,6 +25,8 @@ _MAGNITUDE, _SIGN, _LARGEST = 0x7F, 0x80, 0x7E
 # The bits of a code, shifted, are those of a float16 that is smaller by this.
 _HALF = 256.0
 _BYTES_A_WORD = 8
+# Where the second of two scratches may begin, to be read by words.
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Comparer:
         """`quantizer` has a scratch of `scratch_elements`; those here come on top of it."""
         self.quantizer = quantizer
         self._decoded = torch.empty(scratch_elements, dtype=torch.float32)
-        self._half = torch.empty(scratch_elements, dtype=torch.int16)
+        self._half = torch.empty(scratch_elements + _ALIGNED, dtype=torch.int16)
 
     def compare(
         self,
@@ -82,6 +84,7 @@ class Comparer:
             tile, tile_codes = weight[rows, columns], codes[rows, columns].view(torch.uint8)
             part = scale_of_tile(scale, granularity, rows, columns)
             wide = self.quantizer.widen(tile)
+            found.weight[rows] += _squares(wide)
             divide(wide, part, granularity)
             self._check(wide, tile_codes, exact, found, rows, columns.start)
             self._count(tile_codes, found, rows)
@@ -93,9 +96,9 @@ class Comparer:
 
     def _bytes(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Two scratches of bytes, one for each element of a tile."""
-        size = shape.numel()
-        pool, half = self._half.view(torch.uint8), self._half.numel()
-        return pool[:size].view(shape), pool[half : half + size].view(shape)
+        size, pool = shape.numel(), self._half.view(torch.uint8)
+        begin = -(-size // _ALIGNED) * _ALIGNED
+        return pool[:size].view(shape), pool[begin : begin + size].view(shape)
 
     def _check(
         self, wide: Tensor, codes: Tensor, exact: bool, found: Rows, rows: slice, column: int
@@ -154,27 +157,25 @@ class Comparer:
         found: Rows,
         rows: slice,
     ) -> None:
-        """Adds up the squares of weights and of errors, and finds the largest error."""
+        """Adds up the squares of errors, and finds the largest; `quotient` becomes the errors."""
         half = self._half[: codes.numel()].view(codes.shape).copy_(codes.view(torch.int8))
         half.bitwise_left_shift_(7).bitwise_and_(~0x4000)
         decoded = self._decoded[: codes.numel()].view(codes.shape).copy_(half.view(torch.float16))
+        quotient.sub_(decoded, alpha=_HALF)
         if granularity is Granularity.BLOCK:
             # A row has many scales, so that all is weighed before it is added up.
             multiply(quotient, scale, granularity)
-            multiply(decoded, scale, granularity)
             scale = torch.ones(1)
-        one = scale.reshape(-1)
-        found.weight[rows] += _squares(quotient, one)
-        quotient.sub_(decoded, alpha=_HALF)
-        found.error[rows] += _squares(quotient, one)
-        largest = quotient.abs_().amax(1) * one
+        each = scale.reshape(-1)
+        found.error[rows] += _squares(quotient) * each.double().square_()
+        largest = quotient.abs_().amax(1) * each
         torch.maximum(found.largest[rows], largest, out=found.largest[rows])
 
 
-def _squares(wide: Tensor, scale: Tensor) -> Tensor:
-    """The sum of squares of each row of `wide` times `scale`, float64 [rows]."""
+def _squares(wide: Tensor) -> Tensor:
+    """The sum of squares of each row of `wide`, float64 [rows]."""
     norms: Tensor = torch.linalg.vector_norm(wide, 2, dim=1)
-    return norms.double().mul_(scale).square_()
+    return norms.double().square_()
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:

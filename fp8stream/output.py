@@ -45,14 +45,17 @@ def check_output(output: Path, checkpoint: Checkpoint, needed: int, overwrite: b
 
     Refused: an output that exists (unless it is an empty directory, or a checkpoint and `overwrite`
     says so), one inside the source or around any file of it, the current directory, a mount point,
-    an unwritable place, a disk with less than `needed` bytes free.
+    an unwritable place, a disk with less than `needed` bytes free, unless all that is left of a run
+    is to tidy up.
     """
     target = Path(os.path.realpath(output))
     if not target.name:
         raise OutputError(f"{output}: OUTPUT has no name; give a directory below it")
     try:
         _check_apart(target, checkpoint)
-        if not _was_put_in_place(target):
+        if _was_put_in_place(target):
+            needed = 0
+        else:
             _check_absent(target, overwrite)
         parent = next(path for path in target.parents if path.exists())
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -123,13 +126,15 @@ def _check_absent(target: Path, overwrite: bool) -> None:
 
 def _left_behind(work: Path) -> int:
     """Bytes that an unfinished run left: going on needs them no more, and a new run frees them."""
-    if not (work / JOURNAL).exists():
-        return 0
-    return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
+    with suppress(FileNotFoundError):  # another run is at work there, and will be told of
+        if (work / JOURNAL).exists():
+            return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
+    return 0
 
 
 def _read_journal(work: Path) -> Journal | None:
-    """The journal of an unfinished run. Raises OutputError for one that no run wrote."""
+    """The journal of an unfinished run. Raises OutputError for one that no run wrote, or that cannot
+    be read."""
     path = work / JOURNAL
     try:
         status = path.lstat()
@@ -138,6 +143,8 @@ def _read_journal(work: Path) -> Journal | None:
         return parse_journal(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror}") from error
     except OutputError as error:
         raise OutputError(_damaged(work, error)) from error
 
@@ -207,6 +214,7 @@ class OutputDirectory:
         self._lock = -1
         self._journal = -1
         self._recorded: set[int] = set()
+        self._begun = False
         self._finished = False
         self._appending = threading.Lock()
 
@@ -218,7 +226,8 @@ class OutputDirectory:
             try:
                 self._begin()
             except BaseException:
-                self._close()
+                # What is there may be an unfinished run; all of it is ours only once we began.
+                (self.__exit__ if self._begun else self._close)()
                 raise
         return self
 
@@ -227,6 +236,7 @@ class OutputDirectory:
         before = None if self._restart else _read_journal(self.work)
         if before and _is_in_place(self.output, before):
             self.in_place = before.fingerprint == self._now
+            sync_directory(self.output.parent)
         elif before and before.layers:
             self._check_left(before)
             os.truncate(self.work / JOURNAL, before.size)
@@ -248,12 +258,13 @@ class OutputDirectory:
     def _start(self) -> None:
         if self._before is None:
             self._discard()
+            self._begun = True
             write_file(self.work / _NEW_JOURNAL, first_line(self._now))
             (self.work / _NEW_JOURNAL).rename(self.work / JOURNAL)
             self.content.mkdir()
-        for directory in (self.work, *self._made, self.work.parent):
-            if directory.exists():
-                sync_directory(directory)
+        # The name of each that was made stands in the one above it.
+        for directory in (self.work, self.work.parent, *(path.parent for path in self._made)):
+            sync_directory(directory)
         self._journal = os.open(self.work / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def done(self, layers: int) -> frozenset[int]:
@@ -307,15 +318,21 @@ class OutputDirectory:
             self._journal = self._lock = -1
 
     def _discard(self) -> None:
-        """Empties the directory. What was to be replaced goes back, if it was moved aside."""
+        """Empties the directory. What was to be replaced goes back, if it was moved aside.
+
+        Of an output that is in place the journal goes last: by it the same command knows that.
+        """
         replaced, aside = self.work / _REPLACED, self.work / _NEW_JOURNAL
         if replaced.exists() and not self.output.exists():
             replaced.rename(self.output)
-        # Not a journal any more, or a run could go on from what an interruption leaves of this; and
-        # last, so that the directory is still known as ours.
-        with suppress(FileNotFoundError):
-            (self.work / JOURNAL).rename(aside)
-        for left in sorted(self.work.iterdir(), key=lambda path: path == aside):
+        last = self.work / JOURNAL
+        if not self.in_place:
+            # Not a journal any more, or a run could go on from what an interruption leaves of this;
+            # and last, so that the directory is still known as ours.
+            with suppress(FileNotFoundError):
+                last.rename(aside)
+            last = aside
+        for left in sorted(self.work.iterdir(), key=lambda path: path == last):
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
             else:
@@ -336,6 +353,7 @@ class OutputDirectory:
 
     def publish(self) -> None:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
+        _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
         self._append(publishing_line(self.content.stat().st_ino))
         self._finished = True
@@ -349,15 +367,19 @@ class OutputDirectory:
                 f"{self.output}: could not be put in place: {error.strerror}; the finished output "
                 f"is {self.content}: move it where you want it, or run again"
             ) from error
-        self.in_place = True
+        # Before anything is tidied up, or after a failure the same command would find no journal.
         sync_directory(self.output.parent)
+        self.in_place = True
 
 
 def _lock_directory(work: Path) -> int:
     """Makes `work`, or takes over what a dead run left, and locks it: the lock dies with us."""
     while True:
         _make_work(work)
-        descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # as below
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -378,7 +400,9 @@ def _make_work(work: Path) -> None:
     try:
         work.mkdir()
     except FileExistsError:
-        if work.is_symlink() or not work.is_dir() or not _is_ours(os.listdir(work)):
+        with suppress(FileNotFoundError):  # the run that had it has just removed it
+            if stat.S_ISDIR(work.lstat().st_mode) and _is_ours(os.listdir(work)):
+                return
             raise OutputError(
                 f"{work}: in the way: expected nothing, or what an unfinished run left; look at "
                 "it, then move or remove it"

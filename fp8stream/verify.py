@@ -2,25 +2,26 @@
 
 A source slab and the codes and scales that were made of it are read side by side and compared in
 cache. Workers take layers from a queue as in stream.py, under the same budget; what is wrong with
-one tensor stops no other. Only the CPU computes: reading is what takes the time.
+one tensor stops no other. Only the CPU computes, which takes little longer than reading does.
 """
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fp8stream.checkpoint import Checkpoint
-from fp8stream.comparison import Comparer, Rows
+from fp8stream.comparison import Comparer
 from fp8stream.device import TORCH_DTYPES, Slot, bytes_of, open_lane
 from fp8stream.errors import CheckpointError
 from fp8stream.evidence import file_problems, open_output
 from fp8stream.expectation import Expectation, LayerError, Problem
 from fp8stream.experts import ExpertLayout
+from fp8stream.findings import Difference, WeightSums, compare_bytes, same_bits
 from fp8stream.foreign import expect_foreign
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.header import TensorSpec
@@ -30,7 +31,7 @@ from fp8stream.plan import Batch, Slab, Task, demand_of, tasks_of
 from fp8stream.reader import Reader
 from fp8stream.replan import expect_ours
 from fp8stream.scheme import Granularity
-from fp8stream.views import Runs, View
+from fp8stream.views import Runs
 from fp8stream.weights import WeightPlan
 from fp8stream.work import OpenShard, Stopped, run_workers
 
@@ -51,6 +52,7 @@ class Checked:
 
 Pair = tuple[TensorSpec, TensorSpec]
 Pairs = tuple[Pair, ...]
+Sums = dict[str, WeightSums]
 
 
 @dataclass(frozen=True)
@@ -154,101 +156,6 @@ def _tasks(comparison: Comparison) -> Iterator[Task | Pairs]:
     yield from tasks_of(comparison.expectation.layers, comparison.workspace.slab_bytes)
 
 
-@dataclass
-class _Difference:
-    """How many of `total` values are not as they must be, and the first of them."""
-
-    total: int
-    count: int = 0
-    place: list[int] = field(default_factory=list)
-    expected: str = ""
-    found: str = ""
-
-    def add(self, count: int, place: Callable[[], list[int]], expected: str, found: str) -> None:
-        if count and not self.count:
-            self.place, self.expected, self.found = place(), expected, found
-        self.count += count
-
-    def says(self, what: str) -> str:
-        return (
-            f"{self.count} of {self.total} {what} differ, the first at {self.place}: expected "
-            f"{self.expected}, found {self.found}"
-        )
-
-
-class _Sums:
-    """What is added up over the slabs of a weight."""
-
-    def __init__(self, weight: WeightPlan) -> None:
-        rows, columns = weight.shape
-        self.weight = weight
-        self.squares = self.error = self.largest = 0.0
-        self.zeros = self.saturated = self.ones = 0
-        self.codes = _Difference(rows * columns)
-        self.scales = _Difference(torch.Size(weight.granularity.scale_shape(weight.shape)).numel())
-        self.not_scales = 0
-        self.finite = True
-
-    def add(self, rows: Rows, part: slice, first_row: int, codes: Tensor) -> None:
-        """What was found in the rows `part` of a slab that begins at `first_row` of the weight."""
-        self.squares += float(rows.weight[part].sum())
-        self.error += float(rows.error[part].sum())
-        largest = float(rows.largest[part].amax())
-        self.largest = max(self.largest, largest) if largest == largest else largest
-        self.zeros += int(rows.zeros[part].sum())
-        self.saturated += int(rows.saturated[part].sum())
-        wrong = rows.wrong[part]
-        if not bool(wrong.amax()):
-            return
-        row = int((wrong != 0).byte().argmax())
-        column = int(rows.first[part][row])
-        expected, found = int(rows.expected[part][row]), int(codes[part][row, column])
-        self.codes.add(
-            int(wrong.sum()),
-            lambda: self.place(self.weight.codes_at, first_row + row, column),
-            f"0x{expected:02x}",
-            f"0x{found:02x}",
-        )
-
-    def place(self, view: View, row: int, column: int) -> list[int]:
-        """Where in the tensor of codes the element lies."""
-        return view.index(row, column, self.weight.codes.shape)
-
-    def result(self) -> LayerError:
-        """The error of the whole weight."""
-        size = self.weight.shape[0] * self.weight.shape[1]
-        relative = (self.error / self.squares) ** 0.5 if self.squares else 0.0
-        return LayerError(
-            self.weight.name,
-            _number(relative if self.squares or not self.error else float("inf")),
-            _number(self.largest),
-            self.zeros / size,
-            self.saturated / size,
-            self.ones,
-        )
-
-    def problems(self, found: "dict[str, TensorSpec]", exact: bool) -> Iterator[Problem]:
-        """What is wrong with the weight's tensors."""
-        codes, scales = found[self.weight.codes.name], found[self.weight.scales.name]
-        if not self.finite:
-            source = "the source has NaN or infinity here, which has no code"
-            yield Problem(codes.file, codes.name, source)
-            return
-        if self.scales.count:
-            yield Problem(scales.file, scales.name, self.scales.says("scales"))
-        elif self.not_scales:
-            is_ = f"{self.not_scales} of {self.scales.total} scales are not positive numbers"
-            yield Problem(scales.file, scales.name, is_)
-            return
-        if self.codes.count:
-            what = "codes" if exact else "codes beyond the bound"
-            yield Problem(codes.file, codes.name, self.codes.says(what))
-
-
-def _number(value: float) -> float | None:
-    return value if abs(value) < float("inf") else None
-
-
 class _Checker:
     """One worker's buffers, and the tensors that are compared through them."""
 
@@ -264,7 +171,7 @@ class _Checker:
         self._lane = open_lane(space, torch.device("cpu"))
         self._comparer = Comparer(self._lane.quantizer, space.scratch_elements)
         self._expectation, self._exact = comparison.expectation, comparison.exact
-        self._found = dict(comparison.expectation.found)
+        self._found = comparison.expectation.found
         self._source, self._output = source, output
         self._stop = stop
         self._read = 0
@@ -290,7 +197,7 @@ class _Checker:
         layers = tuple(each.result() for each in sums.values())
         return Checked(task.layers[0].name, self._read, tuple(problems), layers)
 
-    def _with_shared_scale(self, batches: Sequence[Batch]) -> "dict[str, _Sums]":
+    def _with_shared_scale(self, batches: Sequence[Batch]) -> Sums:
         """A fused set under the scale that it has; once more where that is not the one it must
         have, so that codes are not blamed for it."""
         weights = {w.name: w for b in batches for w in (s.weight for s in b.slabs)}
@@ -298,17 +205,17 @@ class _Checker:
         stored = {w.name: self._stored(w, 0, 1, 1) for w in sound}
         scale = next(iter(stored.values()))
         for _ in range(2):
-            sums: dict[str, _Sums] = {}
+            sums: Sums = {}
             largest = [self._batch(batch, scale, sums) for batch in batches]
             wanted = weight_scale(torch.stack(largest).amax(0))
-            if _same_bits(wanted, scale) or not is_finite(wanted):
+            if same_bits(wanted, scale) or not is_finite(wanted):
                 break
             scale = wanted
         for name, each in sums.items() if is_finite(wanted) else ():
-            self._compare_scales(each, wanted, stored[name], 0)
+            each.compare_scales(wanted, stored[name], 0)
         return sums
 
-    def _batch(self, batch: Batch, shared: Tensor | None, sums: "dict[str, _Sums]") -> Tensor:
+    def _batch(self, batch: Batch, shared: Tensor | None, sums: Sums) -> Tensor:
         """Compares the weights of one batch, and adds it to `sums`; the batch's amax.
 
         Codes must be those under the `shared` scale where there is one.
@@ -323,42 +230,20 @@ class _Checker:
         if not all(self._expectation.is_sound(slab.weight) for slab in batch.slabs):
             return amax
         stored = self._read_stored(batch, slot)
-        wanted = weight_scale(amax) if self._exact and shared is None else shared
-        scale = stored if wanted is None or _same_bits(wanted, stored) else wanted
+        due = weight_scale(amax) if self._exact and shared is None else None
+        scale = next(given for given in (shared, due, stored) if given is not None)
         codes = slot.codes(batch)
         rows = self._comparer.compare(source, codes, granularity, scale, stored, self._exact)
         row = group = 0
         for slab in batch.slabs:
-            part = slice(row, row + slab.rows)
+            each = sums.setdefault(slab.weight.name, WeightSums(slab.weight))
+            each.add(rows, slice(row, row + slab.rows), slab.first_row, codes.view(torch.uint8))
             height = granularity.scale_shape((slab.rows, batch.columns))[0]
             groups = slice(group, group + height)
-            each = sums.setdefault(slab.weight.name, _Sums(slab.weight))
-            each.add(rows, part, slab.first_row, codes.view(torch.uint8))
             each.finite &= is_finite(amax[groups])
-            if granularity is not Granularity.TENSOR or not slab.first_row:
-                each.ones += int((stored[groups] == 1).sum())
-                good = torch.isfinite(stored[groups]) & (stored[groups] > 0)
-                each.not_scales += good.numel() - int(good.sum())
-            if wanted is not None and granularity is not Granularity.TENSOR:
-                first = slab.first_row // granularity.row_multiple
-                self._compare_scales(each, wanted[groups], stored[groups], first)
+            each.add_scales(stored[groups], due[groups] if due is not None else None, slab)
             row, group = row + slab.rows, group + height
         return amax
-
-    def _compare_scales(self, sums: _Sums, wanted: Tensor, stored: Tensor, first: int) -> None:
-        """Scales to the bit; `first` is the first row of them."""
-        if _same_bits(wanted, stored):
-            return
-        weight = sums.weight
-        wrong = (wanted.view(torch.int32) != stored.view(torch.int32)).reshape(-1)
-        at = int(wrong.byte().argmax())
-        row, column = divmod(at, wanted.shape[-1])
-        sums.scales.add(
-            int(wrong.sum()),
-            lambda: weight.scales_at.index(first + row, column, weight.scales.shape),
-            f"{float(wanted.reshape(-1)[at]):.9g}",
-            f"{float(stored.reshape(-1)[at]):.9g}",
-        )
 
     def _read_stored(self, batch: Batch, slot: Slot) -> Tensor:
         """Codes into the slot; the scales, float32, shaped as those of the whole batch are."""
@@ -398,7 +283,7 @@ class _Checker:
         """A tensor that must have the same bytes, through the two halves of the slot."""
         buffer = self._lane.take().source_bytes
         half = len(buffer) // 2 // 64 * 64
-        differs = _Difference(spec.nbytes)
+        differs = Difference(spec.nbytes)
         for done in range(0, spec.nbytes, half):
             if self._stop.is_set():
                 raise Stopped
@@ -406,7 +291,7 @@ class _Checker:
             one, other = buffer[:size], buffer[half : half + size]
             self._read_bytes(self._source, spec, done, one)
             self._read_bytes(self._output, there, done, other)
-            _compare_bytes(one, other, done, spec, differs)
+            compare_bytes(one, other, done, spec, differs)
         if differs.count:
             yield Problem(there.file, there.name, differs.says("bytes of a tensor that is kept"))
 
@@ -417,22 +302,3 @@ class _Checker:
         shard.read_into(buffer, spec.offset + begin, spec.name)
         shard.give_back(spec.offset + begin, len(buffer))
         self._read += len(buffer)
-
-
-def _compare_bytes(
-    first: memoryview, second: memoryview, begin: int, spec: TensorSpec, differs: _Difference
-) -> None:
-    """Notes where two runs of bytes of a tensor differ."""
-    one, other = (torch.frombuffer(part, dtype=torch.uint8) for part in (first, second))
-    words = len(one) // 8 * 8
-    same = torch.equal(one[:words].view(torch.int64), other[:words].view(torch.int64))
-    if same and torch.equal(one[words:], other[words:]):
-        return
-    wrong = one != other
-    at = int(wrong.byte().argmax())
-    place = View(0, 1).index((begin + at) // spec.itemsize, 0, spec.shape)
-    differs.add(int(wrong.sum()), lambda: place, f"0x{int(one[at]):02x}", f"0x{int(other[at]):02x}")
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.view(torch.int32), other.view(torch.int32))

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.errors import CheckpointError, OutputError
@@ -228,7 +228,8 @@ class CheckpointWriter:
         with self._directory.failing():
             self._recorder.flush()
             for plan in self._files:
-                self._check_whole(plan)
+                with _failing_to_read_again(self._content / plan.name):
+                    self._check_whole(plan)
             if len(self._files) > 1:
                 write_file(self._content / INDEX_NAME, index_bytes(self._files))
             write_file(self._content / "config.json", config_bytes(config))
@@ -252,6 +253,15 @@ class CheckpointWriter:
         ):
             if set(opened.keys()) != {tensor.name for tensor in plan.tensors}:
                 raise OutputError(f"{plan.name}: does not hold the tensors that were planned")
+
+
+@contextmanager
+def _failing_to_read_again(path: Path) -> Iterator[None]:
+    """What the reference library says of a file that it cannot read, and torch, which it asks."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OutputError(f"{path}: cannot be read again: {error}") from error
 
 
 def _read_side(data: BinaryIO, length: int, source: Path) -> bytes:

@@ -1,5 +1,6 @@
 """A run that was stopped goes on, and its end is that of one that never was; or it says why not."""
 
+import errno
 import fcntl
 import json
 import os
@@ -11,14 +12,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from fp8stream import device, recorder, stream
+from fp8stream import device, output, recorder, stream
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import DeviceMemoryError, OutputError
 from fp8stream.experts import ExpertForm, ExpertOptions
@@ -396,6 +399,138 @@ def test_killed_when_only_tidying_up_was_left(
         assert (contents(tmp_path / "out") != before) == overwrite
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_stopped_while_tidying_up_the_same_command_tidies_up(
+    tmp_path: Path, run: Runner, llama: Path, overwrite: bool
+) -> None:
+    """The journal is the last that goes: without it nobody knows that no more was left to do."""
+    options = ["--overwrite"] if overwrite else []
+    if overwrite:
+        assert run("quantize", llama, tmp_path / "out", "--scheme", "tensor").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path: None)
+        patch.setattr(Path, "unlink", lambda path: None)
+        assert run("quantize", llama, tmp_path / "out", *options).code == 0
+    assert (tmp_path / PARTIAL / "journal").exists()
+    done = run("quantize", llama, tmp_path / "out", *options, "--json")
+    assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = output.sync_directory
+
+    def fail(path: Path) -> None:
+        if path == tmp_path and (tmp_path / "out").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "sync_directory", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+        assert (failed.code, "goes on" in failed.err) == (1, True)
+        assert run("quantize", llama, tmp_path / "out").code == 1
+    # The output itself took what was free.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unable to open file"), SafetensorError("bad")])
+def test_an_output_that_cannot_be_read_again_is_one_clear_error(
+    tmp_path: Path, run: Runner, llama: Path, error: Exception
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fp8stream.writer.safe_open", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+    assert (failed.code, f"cannot be read again: {error}" in failed.err) == (1, True)
+    assert "FP8STREAM_DEBUG" not in failed.err
+    assert run("quantize", llama, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("came", ["a file", "a directory", "a checkpoint"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_be_at_the_output_meanwhile_is_not_replaced(
+    tmp_path: Path, run: Runner, llama: Path, overwrite: bool, came: str
+) -> None:
+    """Unless it is a checkpoint, and was to be."""
+    options = ["--overwrite"] if overwrite else []
+    real = CheckpointWriter._give_back
+
+    def come(self: CheckpointWriter) -> None:
+        real(self)
+        if came == "a file":
+            (tmp_path / "out").write_text("precious")
+        elif came == "a directory":
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "precious").write_text("precious")
+        else:
+            shutil.copytree(llama, tmp_path / "out")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "_give_back", come)
+        done = run("quantize", llama, tmp_path / "out", *options)
+    if overwrite and came == "a checkpoint":
+        assert done.code == 0
+        return
+    assert (done.code, "goes on" in done.err) == (1, True)
+    there = tmp_path / "out"
+    assert there.read_text() == "precious" if came == "a file" else len(contents(there)) > 0
+    there.rename(tmp_path / "elsewhere")
+    assert run("quantize", llama, tmp_path / "out", *options).code == 0
+
+
+def test_a_run_that_fails_to_begin_leaves_nothing(tmp_path: Path, run: Runner, llama: Path) -> None:
+    def fail(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:7])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "write_file", fail)
+        failed = run("quantize", llama, tmp_path / "new" / "out")
+    assert (failed.code, "disk is full" in failed.err) == (1, True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_names_of_all_that_is_made_are_synced(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    real = output.sync_directory
+    monkeypatch.setattr(output, "sync_directory", lambda path: (synced.append(path), real(path)))
+    assert run("quantize", llama, tmp_path / "a" / "b" / "out").code == 0
+    for made in ("a", "a/b", "a/b/out.fp8stream-partial", "a/b/out.fp8stream-partial/output"):
+        assert (tmp_path / made).parent in synced
+    assert synced[-1] == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"], ["--overwrite"]])
+def test_a_journal_that_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    source = stopped(tmp_path, run)
+    real = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "journal":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        failed = run("quantize", source, tmp_path / "out", *options)
+    assert failed.code == (0 if "--dry-run" in options else 1)
+    assert "journal: cannot be read: Input/output error" in failed.err
+    assert "FP8STREAM_DEBUG" not in failed.err
+    assert run("quantize", source, tmp_path / "out").code == 0
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
     descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
@@ -405,6 +540,25 @@ def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -
         assert (refused.code, "another run is writing this output" in refused.err) == (1, True)
     os.close(descriptor)
     assert run("quantize", llama, tmp_path / "out").code == 0
+
+
+@pytest.mark.parametrize("where", ["listdir", "open"])
+def test_a_directory_that_another_run_removes_meanwhile_is_made_anew(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    real = getattr(os, where)
+    removed: list[Path] = []
+
+    def remove(path: object, *arguments: int, **options: int) -> object:
+        if path == tmp_path / PARTIAL and not removed:
+            removed.append(tmp_path / PARTIAL)
+            (tmp_path / PARTIAL).rmdir()
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, where, remove)
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert removed
 
 
 def test_what_was_replaced_goes_back_when_a_run_is_discarded(

@@ -14,6 +14,7 @@ HOUSE = [
     "__main__",
     "cli",
     "verify",
+    "findings",
     "stream",
     "work",
     "device",

@@ -120,6 +120,21 @@ def test_budget_and_threads_change_nothing(tmp_path: Path, scheme: Scheme) -> No
                 assert getattr(layer, field) == pytest.approx(wanted, rel=1e-5), key
 
 
+@pytest.mark.parametrize("columns", [40_001, 40_004, 131_080])
+def test_rows_wider_than_a_scratch(tmp_path: Path, columns: int) -> None:
+    """Whole words, or not, and more words in a row than a byte can count."""
+    tensors, name = llama_tensors(), DOWN
+    tensors[name] = torch.randn(128, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    tensors[name][5, 3:90] = 0
+    source = write_checkpoint(tmp_path / "in", tensors)
+    convert(source, tmp_path / "out", Scheme(), budget=4 * MIB)
+    problems, layers = verify(source, tmp_path / "out", budget=16 * columns + MIB // 4, threads=1)
+    assert problems == []
+    codes = load_file(tmp_path / "out" / "model.safetensors")[name].view(torch.uint8) & 0x7F
+    assert layers[name].zeros == int((codes == 0).sum()) / codes.numel()
+    assert layers[name].saturated == int((codes == 0x7E).sum()) / codes.numel()
+
+
 def test_patterns_need_not_be_told(tmp_path: Path, run: Runner, llama: Path) -> None:
     """What was asked for is read off the output, in whatever words it was."""
     for number, options in enumerate(
