@@ -93,13 +93,14 @@ def _shown(value: Any) -> str:
 @dataclass(frozen=True)
 class Journal:
     """A journal as it was read: `layers` are half-open ranges of their numbers in the plan, `inode`
-    that of the finished directory if it was about to be put in place, `size` the bytes that hold
-    whole lines."""
+    that of the finished directory if it was about to be put in place, `written` the time of its
+    last file, `size` the bytes that hold whole lines."""
 
     fingerprint: Fingerprint
     layers: Ranges
     inode: int | None
     size: int
+    written: int | None = None
 
     def done(self, count: int) -> frozenset[int]:
         """The numbers of the layers, of `count`, that are on disk. Raises OutputError."""
@@ -134,11 +135,11 @@ def parse_journal(data: bytes) -> Journal:
     if not isinstance(first, dict) or first.pop("journal", None) != _FORMAT:
         raise OutputError("it is of another version")
     layers: list[tuple[int, int]] = []
-    inode = None
+    inode = written = None
     for record in records:
         layers += _ranges_of(record)
-        inode = record.get("inode", inode)
-    return Journal(first, layers, inode, size)
+        inode, written = record.get("inode", inode), record.get("written", written)
+    return Journal(first, layers, inode, size, written)
 
 
 def _checked(line: bytes) -> bytes | None:
@@ -148,10 +149,12 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def _ranges_of(record: object) -> list[tuple[int, int]]:
-    """Raises OutputError unless they are ranges of numbers, and an inode a number."""
+    """Raises OutputError unless they are ranges of numbers, and an inode and a time numbers."""
     known = record if isinstance(record, dict) else {"layers": None}
-    layers, inode = known.get("layers", []), known.get("inode", 0)
-    if not isinstance(layers, list) or type(inode) is not int or not all(map(_is_range, layers)):
+    layers, others = known.get("layers", []), [known.get(key, 0) for key in ("inode", "written")]
+    if {*map(type, others)} != {int} or not isinstance(layers, list):
+        raise OutputError("a line says what no run writes")
+    if not all(map(_is_range, layers)):
         raise OutputError("a line says what no run writes")
     return [(begin, end) for begin, end in layers]
 
@@ -172,9 +175,10 @@ def layers_line(numbers: Iterable[int]) -> bytes:
     return _line(json.dumps({"layers": _ranges(numbers)}).encode())
 
 
-def publishing_line(inode: int) -> bytes:
-    """The line that comes before the finished directory, of that `inode`, is put in place."""
-    return _line(json.dumps({"inode": inode}).encode())
+def publishing_line(inode: int, written: int) -> bytes:
+    """The line that comes before the finished directory, of that `inode`, is put in place; its last
+    file was `written` then, in nanoseconds: inodes are used again."""
+    return _line(json.dumps({"inode": inode, "written": written}).encode())
 
 
 def _line(text: bytes) -> bytes:

@@ -36,6 +36,8 @@ JOURNAL = "journal"
 CONTENT = "output"
 _NEW_JOURNAL = "journal.new"
 _REPLACED = "replaced"
+# The file of an output that is written last.
+_LAST = "config.json"
 # A line is some 60 bytes: more than a run of months writes.
 _LARGEST_JOURNAL = 1 << 28
 
@@ -133,8 +135,10 @@ def _left_behind(work: Path) -> int:
 
 
 def _read_journal(work: Path) -> Journal | None:
-    """The journal of an unfinished run. Raises OutputError for one that no run wrote, or that cannot
-    be read."""
+    """The journal of an unfinished run.
+
+    Raises OutputError for one that no run wrote, or that cannot be read.
+    """
     path = work / JOURNAL
     try:
         status = path.lstat()
@@ -161,9 +165,10 @@ def _was_put_in_place(target: Path) -> bool:
 
 
 def _is_in_place(target: Path, journal: Journal | None) -> bool:
-    if journal is None or journal.inode is None or not target.is_dir():
+    if journal is None or journal.inode is None or not (target / _LAST).is_file():
         return False
-    return target.stat().st_ino == journal.inode
+    found = target.stat().st_ino, (target / _LAST).stat().st_mtime_ns
+    return found == (journal.inode, journal.written)
 
 
 def unfinished_run(target: Path, now: Callable[[], Fingerprint]) -> str | None:
@@ -259,6 +264,7 @@ class OutputDirectory:
         if self._before is None:
             self._discard()
             self._begun = True
+            _check_absent(self.output, self._overwrite)  # it may be what went back
             write_file(self.work / _NEW_JOURNAL, first_line(self._now))
             (self.work / _NEW_JOURNAL).rename(self.work / JOURNAL)
             self.content.mkdir()
@@ -355,7 +361,8 @@ class OutputDirectory:
         """One rename. What was finished is never thrown away: on failure it stays where it is."""
         _check_absent(self.output, self._overwrite)  # somebody may have come meanwhile
         sync_directory(self.content)
-        self._append(publishing_line(self.content.stat().st_ino))
+        written = (self.content / _LAST).stat().st_mtime_ns
+        self._append(publishing_line(self.content.stat().st_ino, written))
         self._finished = True
         try:
             if self._overwrite and self.output.exists():

@@ -223,27 +223,28 @@ SETTINGS = tuple(
 
 
 def run(directory: Path, seed: int, count: int, mutant: str | None = None) -> dict[str, Any]:
-    """So many conversions, each killed and cut off several times. What came of it, for JSON."""
+    """So many conversions, each killed and cut off several times. What came of it, for JSON.
+
+    With a mutant, as many as it takes to find that.
+    """
 
     def change() -> None:
         recording(0.0005)
         _mutate(mutant)
 
-    worlds = [
-        World(
-            *(directory / str(number), Tiny(layers=3), setting.arguments),
-            *(setting.overwrite, change),
-        )
-        for number, setting in enumerate(SETTINGS[: max(1, min(count, len(SETTINGS)))])
-    ]
+    worlds: dict[Setting, World] = {}
     tally, totals = Tally(), {"kills": 0, "power_cuts": 0, "calls_in_doubt": 0}
     for number in range(count):
-        dice = random.Random(f"{seed} {number}")
-        world = worlds[number % len(worlds)]
-        wrong = _conversion(world, dice, totals)
-        setting = SETTINGS[number % len(worlds)]
+        setting = SETTINGS[number % len(SETTINGS)]
+        if setting not in worlds:
+            where = directory / str(len(worlds))
+            arguments = setting.arguments
+            worlds[setting] = World(where, Tiny(layers=3), arguments, setting.overwrite, change)
+        wrong = _conversion(worlds[setting], random.Random(f"{seed} {number}"), totals)
         tally.add(f"conversion {number} ({setting})", wrong, "wrong" if wrong else "identical")
-    return {"conversions": count, **totals, **tally.ended, "failures": tally.failures}
+        if wrong and mutant:
+            break  # it was found
+    return {"conversions": tally.cases, **totals, **tally.ended, "failures": tally.failures}
 
 
 def _conversion(world: World, dice: random.Random, totals: dict[str, int]) -> list[str]:

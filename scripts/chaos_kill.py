@@ -164,7 +164,8 @@ def run(
     library = build(directory)
     rate = megabytes * 1e6 / (1 << 20) / seconds if seconds else 0.0
     place = Place(directory / "unbroken", source, library, rate)
-    wanted = [unbroken(place, *pair) for pair in product(("channel", "block", "tensor"), FILES)]
+    settings = list(product(("channel", "block", "tensor"), FILES))[:count]
+    wanted = [unbroken(place, *setting) for setting in settings]
     place.reset()
 
     def one(number: int) -> Done:

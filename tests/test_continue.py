@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from fp8stream import device, output, recorder, stream
+from fp8stream import device, output, recorder, stream, system
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import DeviceMemoryError, OutputError
 from fp8stream.experts import ExpertForm, ExpertOptions
@@ -330,7 +330,7 @@ def test_a_damaged_journal_is_refused_until_restart(
 
 def test_a_journal_cut_at_any_byte_says_less_and_never_more() -> None:
     head, one, two = first_line({"a": "\0\r\n é"}), layers_line([0, 1, 5]), layers_line([2])
-    whole = head + one + two + publishing_line(7)
+    whole = head + one + two + publishing_line(7, 8)
     for size in range(len(whole) + 1):
         if size < len(head):
             with pytest.raises(OutputError, match="first line is damaged"):
@@ -420,7 +420,7 @@ def test_stopped_while_tidying_up_the_same_command_tidies_up(
 def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
     tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = output.sync_directory
+    real = system.sync_directory
 
     def fail(path: Path) -> None:
         if path == tmp_path and (tmp_path / "out").exists():
@@ -502,8 +502,13 @@ def test_the_names_of_all_that_is_made_are_synced(
     tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    real = output.sync_directory
-    monkeypatch.setattr(output, "sync_directory", lambda path: (synced.append(path), real(path)))
+    real = system.sync_directory
+
+    def sync(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(output, "sync_directory", sync)
     assert run("quantize", llama, tmp_path / "a" / "b" / "out").code == 0
     for made in ("a", "a/b", "a/b/out.fp8stream-partial", "a/b/out.fp8stream-partial/output"):
         assert (tmp_path / made).parent in synced
@@ -529,6 +534,20 @@ def test_a_journal_that_cannot_be_read_is_one_clear_error(
     assert "journal: cannot be read: Input/output error" in failed.err
     assert "FP8STREAM_DEBUG" not in failed.err
     assert run("quantize", source, tmp_path / "out").code == 0
+
+
+def test_a_directory_that_got_the_number_of_the_output_is_not_taken_for_it(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    """Killed before all was tidied up; then somebody removed the output, and made another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "__exit__", lambda self, *error: self._close())
+        assert run("quantize", llama, tmp_path / "out").code == 0
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()  # the directory stays: no file system promises another number, or the same
+    shutil.copytree(llama, tmp_path / "out", dirs_exist_ok=True)
+    refused = run("quantize", llama, tmp_path / "out")
+    assert (refused.code, "exists already" in refused.err) == (1, True)
 
 
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
@@ -571,6 +590,16 @@ def test_what_was_replaced_goes_back_when_a_run_is_discarded(
     refused = run("quantize", source, tmp_path / "out", "--restart", "--device", "cuda:99")
     assert refused.code == 1
     assert (tmp_path / "out" / "precious").read_text() == "years of work"
+
+
+def test_what_goes_back_is_not_in_the_way_when_all_is_done(tmp_path: Path, run: Runner) -> None:
+    """But at once: without --overwrite nothing may be put in its place."""
+    source = stopped(tmp_path, run)
+    shutil.copytree(source, tmp_path / PARTIAL / "replaced")
+    refused = run("quantize", source, tmp_path / "out", "--restart")
+    assert (refused.code, "exists already" in refused.err) == (1, True)
+    assert contents(tmp_path / "out") == contents(source)
+    assert not (tmp_path / PARTIAL).exists()
 
 
 def test_a_recorder_records_nothing_that_was_not_synced_before(
