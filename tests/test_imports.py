@@ -34,6 +34,11 @@ HOUSE = [
     "weights",
     "layout",
     "reader",
+    "mapping",
+    "conversions",
+    "findings",
+    "tracing",
+    "places",
     "views",
     "declaration",
     "policy",
@@ -57,6 +62,8 @@ HOUSE = [
 ]
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
+    "findings",
+    "places",
     "advice",
     "expectation",
     "foreign",
