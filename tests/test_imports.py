@@ -35,6 +35,11 @@ HOUSE = [
     "weights",
     "layout",
     "reader",
+    "mapping",
+    "conversions",
+    "filled",
+    "tracing",
+    "places",
     "views",
     "declaration",
     "policy",
@@ -58,6 +63,8 @@ HOUSE = [
 ]
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
+    "filled",
+    "places",
     "advice",
     "expectation",
     "foreign",
