@@ -8,7 +8,8 @@
     ├── DeviceError       the device that was asked for is not there, or ran out of memory
     │   └── DeviceMemoryError   smaller buffers may do
     ├── OutputError       the output cannot be written where it was asked for
-    └── VerifyError       an output is not what its source makes
+    ├── VerifyError       an output is not what its source makes
+    └── ReloadError       a reload stopped midway, and which layers are new
 
 A message is one line: what is wrong, where (file, tensor), what was expected and found, and what to
 do next. `cli.main` is the one place that turns these into an exit code.
@@ -49,3 +50,11 @@ class OutputError(Fp8StreamError):
 
 class VerifyError(Fp8StreamError):
     """An output is not what its source makes."""
+
+
+class ReloadError(Fp8StreamError):
+    """A reload stopped midway: modules in `new` have new weights, all others their old ones."""
+
+    def __init__(self, message: str, new: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.new = new

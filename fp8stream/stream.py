@@ -24,7 +24,7 @@ from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
 from fp8stream.memory import Workspace
 from fp8stream.plan import Batch, LayerPlan, Plan, Slab, Task, TensorPlan
-from fp8stream.reader import Reader, ShardReader
+from fp8stream.reader import Reader, ShardReader, Shards
 from fp8stream.scheme import Granularity
 from fp8stream.views import Runs
 from fp8stream.weights import WeightPlan
@@ -72,7 +72,7 @@ def stream_layers(
 def stream_tasks(
     tasks: Iterable[Task],
     workspace: Workspace,
-    reader: Reader,
+    reader: Shards,
     sink: Sink,
     devices: Sequence[torch.device],
     clock: Clock | None = None,
@@ -107,7 +107,7 @@ class Worker:
         self,
         lane: Lane,
         slab_bytes: int,
-        reader: Reader,
+        reader: Shards,
         sink: Sink,
         clock: Clock,
         stop: threading.Event,
