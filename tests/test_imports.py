@@ -44,6 +44,7 @@ HOUSE = [
     "names",
     "checkpoint",
     "header",
+    "linear",
     "comparison",
     "fp8",
     "scheme",
