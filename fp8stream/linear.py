@@ -450,6 +450,20 @@ def _is_whole(form: ExpertsForm, experts: int) -> bool:
     return form.experts == experts and 0 < hidden == out and twice == parts * intermediate > 0
 
 
+def replaces(module: nn.Module) -> bool:
+    """Whether FP8Linear or FP8Experts does what `module` does.
+
+    A class of linear layers with a forward of its own, such as a router, does something else.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        # Attention reads the weight of this one, and never calls it.
+        return (
+            kind.forward is nn.Linear.forward and kind.__name__ != "NonDynamicallyQuantizableLinear"
+        )
+    return kind.__name__ == "Conv1D" or describe_experts(module) is not None
+
+
 class FP8Experts(_Stored):
     """Experts in one module, of any architecture: gate and activation are the original's own.
 
@@ -457,6 +471,9 @@ class FP8Experts(_Stored):
     name with `_scale` float32 scales, [experts, out, 1], [experts, 1], or [experts, blocks,
     ceil(in/128)]. Gate and up have blocks of their own, in halves or in turns as their rows are,
     and share a tensor scale: `part` gives the places of each.
+
+    How many tokens an expert has is asked of the device once for each weight, which a CUDA graph
+    cannot capture.
     """
 
     act_fn: Callable[[Tensor], Tensor]

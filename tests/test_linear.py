@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fp8stream import linear as live
 from fp8stream.errors import SchemeError
@@ -434,7 +435,7 @@ def test_experts_are_the_originals_with_the_weights_that_codes_stand_for(
     assert relative(made(*given), wanted) < 1e-6
     made.quantize_activations = True
     # Codes have 3 bits behind the point, that is 2.6 % a number; matrices and gate add up.
-    assert 1e-3 < relative(made(*given), wanted) < 0.08
+    assert 0.03 < relative(made(*given), wanted) < 0.05
 
 
 @pytest.mark.parametrize("name", list(CLASSES)[:5])
@@ -450,13 +451,13 @@ def test_experts_in_16_bit(name: str, dtype: torch.dtype) -> None:
     found = made(*given)
     assert found.dtype == wanted.dtype == dtype
     # The original rounds weights, sums and products to 16 bit; ours sums in float32.
-    assert relative(found, wanted) < 4 * torch.finfo(dtype).eps
+    assert relative(found, wanted) < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", ["Qwen3MoeExperts", "GptOssExperts"])
 @granularities
 def test_an_expert_is_two_linear_layers_and_a_gate(name: str, granularity: Granularity) -> None:
-    """To the bit: tokens that go to one expert, with a weight of 1."""
+    """Tokens that go to one expert, with a weight of 1."""
     module = original(name)
     made = converted(module, granularity)
     up, down = (linear_of(made, weight, expert=2) for weight in made.form.weights)
@@ -597,6 +598,18 @@ def test_modules_that_are_not_understood_are_left() -> None:
         FP8Experts.on_meta_like(nn.Linear(2, 2), Granularity.CHANNEL)
 
 
+def test_what_does_more_than_a_linear_layer_is_not_replaced() -> None:
+    assert live.replaces(nn.Linear(2, 2))
+    assert live.replaces(original("GptOssExperts"))
+    assert not live.replaces(nn.MultiheadAttention(2, 1).out_proj)
+    assert not live.replaces(nn.Embedding(2, 2))
+    assert not live.replaces(layer(16, 16, Granularity.CHANNEL))
+    llama4 = importlib.import_module("transformers.models.llama4.modeling_llama4")
+    router = llama4.Llama4Router.__new__(llama4.Llama4Router)
+    assert isinstance(router, nn.Linear)
+    assert not live.replaces(router)
+
+
 @pytest.mark.parametrize("held", [range(0), range(3, 9), range(0, 4, 2)])
 def test_experts_that_there_are_not_cannot_be_held(held: range) -> None:
     with pytest.raises(SchemeError, match="expected a range within 5 experts"):
@@ -689,6 +702,42 @@ def test_a_kernel_is_looked_for_while_a_graph_is_traced(monkeypatch: pytest.Monk
     assert torch.equal(compiled(module, "eager")(x), module(x))
     assert asked[0] == (torch.device("cpu"), True, torch.float32)
     assert not live._has_kernel(torch.device("cpu"), False, torch.float32)
+
+
+# Kernels: torch has one for rows on the CPU too, which tells whether operands lie as they must
+
+
+@pytest.mark.parametrize("granularity", [Granularity.CHANNEL, Granularity.TENSOR])
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+@dtypes
+def test_operands_of_rows_are_as_the_kernel_wants_them(
+    granularity: Granularity, tokens: int, dtype: torch.dtype
+) -> None:
+    module = layer(640, 256, granularity, bias=False)
+    x = random(tokens, 640)
+    operands = *quantize_activations(x, granularity), module.weight, module.weight_scale
+    try:
+        found = live._scaled_rows(*operands, dtype)
+    except NotImplementedError:
+        pytest.skip("this torch has no such kernel for the CPU")
+    assert found.dtype == dtype
+    assert relative(found.float(), module(x)) < 1e-6 + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 64])
+@pytest.mark.parametrize("columns", [128, 512, 640])
+def test_operands_of_blocks_are_as_the_kernel_wants_them(tokens: int, columns: int) -> None:
+    """Torch's own rules for shapes and strides, without the kernel."""
+    if not hasattr(torch.nn.functional, "scaled_mm"):
+        pytest.skip("this torch multiplies no blocks")
+    with FakeTensorMode():
+        x, x_scale = quantize_activations(torch.empty(tokens, columns), Granularity.BLOCK)
+        weight = torch.empty(256, columns, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(2, columns // BLOCK)
+        found = live._scaled_blocks(x, x_scale, weight, scale, torch.bfloat16)
+        assert (found.shape, found.dtype) == ((tokens, 256), torch.bfloat16)
+        with pytest.raises(RuntimeError, match="128x128 blockwise"):
+            live._scaled_blocks(x, x_scale, weight, scale.T.contiguous().T[:1], torch.bfloat16)
 
 
 # GPUs
