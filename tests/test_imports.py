@@ -50,6 +50,7 @@ HOUSE = [
     "names",
     "checkpoint",
     "header",
+    "linear",
     "comparison",
     "fp8",
     "scheme",
