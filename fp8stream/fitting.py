@@ -14,7 +14,7 @@ from fp8stream.header import TensorSpec
 from fp8stream.layout import OutputTensor
 from fp8stream.mapping import Placement
 from fp8stream.places import Place
-from fp8stream.plan import LayerPlan, Plan, TensorPlan
+from fp8stream.plan import Decisions, LayerPlan, TensorPlan
 from fp8stream.roles import Role
 from fp8stream.scheme import BLOCK, CODE_DTYPE, SCALE_DTYPE, Granularity
 from fp8stream.views import View
@@ -71,15 +71,17 @@ class _Piece:
 @dataclass(frozen=True)
 class Fit:
     """`layers` stream the checkpoint into the model; `units` say of each layer's number with which
-    it belongs together. `quantized` are the modules that are FP8, and how."""
+    it belongs together, `tensors` of each such unit what it writes. `quantized` are the modules
+    that are FP8, and how."""
 
     layers: tuple[LayerPlan, ...]
     units: Mapping[int, str]
+    tensors: Mapping[str, frozenset[str]]
     quantized: Mapping[str, Granularity]
     warnings: tuple[str, ...]
 
 
-def granularities(plan: Plan, experts: bool) -> dict[str, Granularity]:
+def granularities(plan: Decisions, experts: bool) -> dict[str, Granularity]:
     """How each tensor of the checkpoint is quantized; those that are kept are not in it.
 
     With `experts`, also those that are kept only because no engine would load them.
@@ -94,19 +96,26 @@ def granularities(plan: Plan, experts: bool) -> dict[str, Granularity]:
 
 
 def fit(
-    plan: Plan,
+    plan: Decisions,
     chosen: Mapping[str, Granularity],
     placement: Placement,
     weights: Sequence[Weight],
+    fixed: Mapping[str, Granularity],
 ) -> Fit:
-    """Fits the tensors of `plan`, quantized as `chosen`, to the model's `weights`."""
+    """Fits the tensors of `plan`, quantized as `chosen`, to the model's `weights`.
+
+    If modules are FP8 already, `fixed` says how, and no other will be.
+    """
     places = placement.by_target
     specs = {tensor.spec.name: tensor.spec for tensor in plan.tensors}
     sets = {t.spec.name: w.shared for t in plan.tensors for w in t.weights if w.shared}
     warnings: list[str] = []
     ready: dict[str, tuple[Weight, list[_Piece], Granularity]] = {}
     for weight in weights:
-        granularity = _granularity(weight, places, chosen, warnings)
+        if fixed:
+            granularity = fixed.get(weight.module) if places.get(weight.target) else None
+        else:
+            granularity = _granularity(weight, places, chosen, warnings)
         if granularity is None:
             continue
         pieces = _pieces(weight, places[weight.target], specs, granularity)
@@ -114,7 +123,7 @@ def fit(
             warnings.append(f"{weight.target} stays as it is: it does not come in whole rows")
             continue
         ready[weight.target] = weight, pieces, granularity
-    whole = _whole_modules(weights, ready)
+    whole = {*fixed} or _whole_modules(weights, ready)
     modules = {ready[t][0].module: ready[t][2] for t in ready if ready[t][0].module in whole}
     gone = {t for t in ready if ready[t][0].module not in whole}
     builder = _Layers(sets)
@@ -125,9 +134,9 @@ def fit(
     for tensor in plan.tensors:
         goes = placement.by_source.get(tensor.spec.name, ())
         if tensor.spec.name not in taken and goes:
-            builder.keep(tensor, goes[0].target.rpartition(".")[0] or goes[0].target)
+            builder.keep(tensor, goes)
     layers, units = builder.layers()
-    return Fit(layers, units, modules, tuple(warnings))
+    return Fit(layers, units, builder.tensors(), modules, tuple(warnings))
 
 
 def _granularity(
@@ -230,6 +239,7 @@ class _Layers:
         self._weights: dict[str, list[WeightPlan]] = defaultdict(list)
         self._kept: dict[str, list[TensorPlan]] = defaultdict(list)
         self._units: dict[str, str] = {}
+        self._tensors: dict[str, set[str]] = defaultdict(set)
 
     def add(self, weight: Weight, pieces: Sequence[_Piece], granularity: Granularity) -> None:
         shared = self._shared(weight, pieces)
@@ -240,6 +250,7 @@ class _Layers:
             self._weights[name].append(plan)
             # What shares a scale changes together, even over several modules.
             self._units[name] = key or weight.module
+            self._tensors[self._units[name]] |= {plan.codes.name, plan.scales.name}
 
     def _shared(self, weight: Weight, pieces: Sequence[_Piece]) -> dict[int, str]:
         """For each expert, the key of all that has its tensor scale."""
@@ -249,10 +260,16 @@ class _Layers:
             keys.setdefault(piece.expert, known or f"{weight.target}[{piece.expert}]")
         return keys
 
-    def keep(self, tensor: TensorPlan, module: str) -> None:
-        """A tensor that goes to `module` as it is."""
+    def keep(self, tensor: TensorPlan, goes: Sequence[Place]) -> None:
+        """A tensor that is kept, with the module that it goes to."""
+        module = goes[0].target.rpartition(".")[0] or goes[0].target
+        self._tensors[module] |= {place.target for place in goes}
         self._kept[module].append(TensorPlan(tensor.spec, Kept(tensor.known)))
         self._units.setdefault(module, module)
+
+    def tensors(self) -> dict[str, frozenset[str]]:
+        """What each unit writes."""
+        return {unit: frozenset(names) for unit, names in self._tensors.items()}
 
     def layers(self) -> tuple[tuple[LayerPlan, ...], dict[int, str]]:
         """Layers, those of one unit after each other, and the unit of each."""

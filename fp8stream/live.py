@@ -17,7 +17,7 @@ from fp8stream.coverage import Coverage
 from fp8stream.device import TORCH_DTYPES, bytes_of
 from fp8stream.errors import CheckpointError
 from fp8stream.header import TensorSpec
-from fp8stream.places import Place
+from fp8stream.places import Place, strides
 from fp8stream.reader import ShardReader
 
 
@@ -117,7 +117,7 @@ class ModelSink:
     def copy(
         self, name: str, offset: int, length: int, source: ShardReader, at: int, buffer: memoryview
     ) -> int:
-        """Takes what fits the buffer, or all, where the tensor does not go to one place as it is."""
+        """Takes what fits the buffer; all of what does not go to one place as it is."""
         spec, places = self._specs[name], self._places.get(name, ())
         if not places:
             return length
@@ -136,7 +136,9 @@ class ModelSink:
     def _is_straight(self, spec: TensorSpec, place: Place) -> bool:
         """Whether the tensor is the target, element for element, all of which is held."""
         held = self._targets[place.target]
-        return place.whole and place.shape == spec.shape and held.part.is_whole
+        same = place.whole and place.shape == spec.shape and place.first == 0
+        straight = same and place.steps == strides(spec.shape) and held.part.is_whole
+        return straight and held.tensor.is_contiguous()
 
     def _copy_straight(
         self,
@@ -178,6 +180,13 @@ class ModelSink:
                 self._came.setdefault(name, Coverage(size)).add(first, first + count)
             except ValueError as error:
                 raise CheckpointError(f"tensor {name!r}: {error}") from None
+
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes whole tensors, by the names of their targets."""
+        for name, tensor in tensors.items():
+            held = self._targets[name]
+            values = tensor[tuple(slice(r.start, r.stop) for r in held.part.ranges)]
+            held.values.copy_(values)
 
     def finished(self, layer: int) -> None:
         """Puts a unit in place whose last layer this was."""

@@ -6,46 +6,55 @@ release. No 16-bit model ever exists. A reload streams into the tensors that are
 unit, so that whoever holds on to their storage, as a captured graph does, sees the new weights.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import chain
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
-from fp8stream.device import find_devices, open_lane
-from fp8stream.errors import CheckpointError, OnlineError
+from fp8stream.device import find_devices, open_lane, running_out_of_memory
+from fp8stream.errors import CheckpointError, ReloadError
 from fp8stream.experts import ExpertForm, ExpertOptions
-from fp8stream.fitting import Fit, Weight, fit, granularities
-from fp8stream.header import Shard, TensorSpec
-from fp8stream.held import NAMES, HeldTensors, spec_of
-from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
+from fp8stream.fitting import Fit, fit, granularities
+from fp8stream.header import Shard
+from fp8stream.held import HeldTensors, spec_like, spec_of
 from fp8stream.live import Held, ModelSink, Part
-from fp8stream.mapping import Placement, Rule, checkpoint_names, find_places, model_tensors
-from fp8stream.memory import MIB, PeakMeter, Workspace, parse_size, plan_workspace
-from fp8stream.plan import LayerPlan, Plan, Resources, Task, demand_of, plan_quantization, tasks_of
+from fp8stream.mapping import Placement, Rule, checkpoint_names, find_places
+from fp8stream.memory import PeakMeter, parse_size, plan_workspace
+from fp8stream.plan import Decisions, Task, decide_tensors, demand_of, tasks_of
 from fp8stream.policy import Patterns
 from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
+from fp8stream.skeleton import (
+    become_fp8,
+    find_weights,
+    finish,
+    give_storage,
+    granularities_of,
+    original_tensors,
+    stored_tensors,
+)
 from fp8stream.stream import LayerDone, Worker, stream_tasks
+from fp8stream.waiting import Waiting, with_specs
 
-Source = str | Path | Iterable[tuple[str, Tensor]]
+Source = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 Progress = Callable[[LayerDone], object]
 
 
 @dataclass(frozen=True)
 class LoadResult:
-    """What was loaded: `quantized` and `kept` are modules and tensors of the model, `missing` what
-    nothing came for, `unexpected` names of the source that the model has no use for.
+    """What was loaded. `quantized` are modules of the model that are FP8, `kept` its other tensors,
+    `missing` those that nothing, or not all, came for, and `unexpected` names of the source that
+    the model has no use for.
 
-    `bytes_read` of the source; `peak_bytes` is what the host took on top of what was there before,
-    the model's own storage included where it lies on the host.
+    `bytes_read` of the source; `peak_bytes` is what the host took at most on top of what was there
+    before, the model's own storage included where that lies on the host.
     """
 
     quantized: tuple[str, ...]
@@ -55,6 +64,22 @@ class LoadResult:
     warnings: tuple[str, ...]
     bytes_read: int
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a model was loaded, and is loaded again."""
+
+    scheme: Scheme
+    patterns: Patterns
+    experts: ExpertOptions
+    mapping: Mapping[str, Rule] | None
+
+    def decide(self, checkpoint: Checkpoint) -> Decisions:
+        return decide_tensors(checkpoint, self.scheme, self.patterns, self.experts)
+
+
+_RECIPE = "_fp8stream_recipe"
 
 
 def load_into(
@@ -73,26 +98,341 @@ def load_into(
 ) -> LoadResult:
     """Loads `source` into `model`, whose linear layers and experts become FP8 in place.
 
-    `model` lies on meta, or parts of it do. `source` is a checkpoint directory or file, of which
-    `memory_budget` at most is in memory beside the model, or an iterable of names and tensors in
-    any order, which costs besides what of it is waiting for the rest of a layer. `scheme`, `ignore`
-    and `include` are those of the command line; `mapping` says where names go that neither the
-    model nor transformers knows, see `find_places`.
+    `model` lies on meta, or what of it does not is filled where it lies. `source` is a checkpoint
+    directory or file, of which no more than `memory_budget` is in memory beside the model; or names
+    and tensors, in any order, which cost besides what of them waits for the rest of a layer. Those
+    of an iterator are the names that the model would be saved under; with a `mapping`, which says
+    where names go that neither the model nor transformers knows (see `find_places`), all of an
+    iterator is gathered first. `scheme`, `ignore`, `include` and `experts` mean what they do on the
+    command line; `progress` is called for each layer that is done.
 
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
-    WeightError for NaN and infinity; SchemeError for what cannot be asked.
+    WeightError for NaN and infinity; SchemeError for what cannot be asked; DeviceError, BudgetError.
     """
+    recipe = _Recipe(
+        Scheme(Granularity(scheme)),
+        Patterns(tuple(ignore), tuple(include)),
+        ExpertOptions(ExpertForm(experts)),
+        mapping,
+    )
     where = find_devices(device)[0]
-    loading = _Loading.of(model, source, mapping)
-    fitted, weights = loading.fit(Scheme(Granularity(scheme)), ignore, include, experts)
-    missing = _check(loading.placement, strict)
-    with PeakMeter() as meter:
-        _replace_modules(model, weights, fitted.quantized)
-        _materialize(model, where)
-        targets = {n: Held(t, Part.whole(t.shape)) for n, t in model_tensors(model).items()}
-        sink = ModelSink(targets, loading.placement.by_source, loading.specs)
-        read = loading.stream(fitted, sink, where, memory_budget, progress)
-        loading.compose(targets)
-        missing += _finish(model, loading, strict)
+    coming = _open(model, source, recipe)
+    fitted = coming.fit(model, recipe)
+    if coming.is_known:
+        _require(coming.placement, strict)
+    with PeakMeter() as meter, torch.no_grad():
+        become_fp8(model, fitted.quantized)
+        give_storage(model, where)
+        sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
+        read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
+        missing = [*coming.missing(), *finish(model, coming.placement, where)]
         meter.sample()
-    return loading.result(fitted, missing, read, meter)
+    if missing and strict:
+        raise CheckpointError(_not_all(missing))
+    object.__setattr__(model, _RECIPE, recipe)
+    return _result(model, coming, fitted, missing, read, meter)
+
+
+def reload(
+    model: nn.Module,
+    source: Source,
+    *,
+    memory_budget: str | int = "1GiB",
+    strict: bool = True,
+    progress: Progress | None = None,
+) -> LoadResult:
+    """Loads other weights into a `model` that `load_into` loaded: into the same storage.
+
+    What belongs together, as all of a module and all that shares a scale, changes at once when all
+    of it came, which takes its size in memory besides; what does not come stays, with a warning. If
+    `strict`, a source that brings part of a tensor alone is refused before anything changes.
+
+    Raises what `load_into` does, and ReloadError, which knows what is new already, where it stops
+    midway.
+    """
+    recipe = getattr(model, _RECIPE, None)
+    if not isinstance(recipe, _Recipe):
+        raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
+    held = _held(model)
+    where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
+    coming = _open(model, source, recipe)
+    fitted = coming.fit(model, recipe)
+    partial = [str(gap) for gap in coming.placement.missing if not gap.whole]
+    if partial and strict and coming.is_known:
+        raise CheckpointError(_not_all(partial))
+    units = {name: unit for unit, names in fitted.tensors.items() for name in names}
+    sink = ModelSink(held, coming.placement.by_source, coming.specs, fitted.units, units)
+    with PeakMeter() as meter, torch.no_grad():
+        try:
+            read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
+        except Exception as error:
+            new = tuple(sorted(sink.changed))
+            what = f"{len(new)} of {len(fitted.tensors)} units are new, all others as they were"
+            raise ReloadError(f"{error}; {what}", new) from error
+        meter.sample()
+    old = sorted({*fitted.tensors} - sink.changed | {*coming.missing()})
+    return _result(model, coming, fitted, old, read, meter)
+
+
+def quantize_model(
+    model: nn.Module,
+    *,
+    scheme: str = "channel",
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    experts: str = "auto",
+) -> LoadResult:
+    """Quantizes a `model` that has its weights, in place and layer by layer.
+
+    A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does.
+    """
+    device = next((tensor.device for tensor in stored_tensors(model).values()), torch.device("cpu"))
+    return load_into(
+        model,
+        _Taken(model),
+        scheme=scheme,
+        ignore=ignore,
+        include=include,
+        experts=experts,
+        device=str(device),
+    )
+
+
+class _Taken:
+    """A model's tensors under the names that it is saved under, each let go once it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tensors = dict(stored_tensors(model))
+        self._saved = checkpoint_names(model)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        left: dict[str, int] = {}
+        for saved in self._saved:
+            for place in saved.places:
+                left[place.source] = left.get(place.source, 0) + 1
+        for saved in self._saved:
+            tensor = torch.empty(saved.shape, dtype=saved.dtype)
+            for place in saved.places:
+                place.apply(tensor, self._tensors[place.source])
+                left[place.source] -= 1
+                if not left[place.source]:
+                    del self._tensors[place.source]
+            yield saved.name, tensor
+
+
+def _held(model: nn.Module) -> dict[str, Held]:
+    """The model's tensors as targets, under each of their names."""
+    return {n: Held(t, Part.whole(t.shape)) for n, t in stored_tensors(model).items()}
+
+
+def _open(model: nn.Module, source: Source, recipe: _Recipe) -> "_Coming":
+    """What is known of `source` before any of it is read."""
+    if isinstance(source, str | Path):
+        return _FromFiles(model, open_checkpoint(source), recipe)
+    if isinstance(source, Mapping):
+        source = list(source.items())
+    if not isinstance(source, Sequence) and recipe.mapping is not None:
+        source = list(source)
+    return _FromTensors(model, source, recipe)
+
+
+class _Coming:
+    """A source, and where in the model everything of it goes. `is_known` says that its names are
+    those that will come."""
+
+    is_known = True
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, recipe: _Recipe) -> None:
+        self.checkpoint = checkpoint
+        self.specs = {spec.name: spec for spec in checkpoint.tensors}
+        self.decided = recipe.decide(checkpoint)
+        shapes = ((spec.name, spec.shape) for spec in checkpoint.tensors)
+        self.placement = find_places(model, shapes, recipe.mapping, original_tensors(model))
+        self.unexpected = list(self.placement.unexpected)
+
+    def fit(self, model: nn.Module, recipe: _Recipe) -> Fit:
+        """How the source fits the model: its FP8 modules, or what will be that."""
+        keep = recipe.experts.form is ExpertForm.KEEP
+        chosen = granularities(self.decided, experts=not keep)
+        weights, fixed = find_weights(model), granularities_of(model)
+        return fit(self.decided, chosen, self.placement, weights, fixed)
+
+    def stream(
+        self,
+        fitted: Fit,
+        sink: ModelSink,
+        device: torch.device,
+        budget: int,
+        progress: Progress,
+    ) -> int:
+        """Everything to its place; the bytes that were read."""
+        raise NotImplementedError
+
+    def missing(self) -> list[str]:
+        """What nothing, or not all, came for."""
+        return [str(gap) for gap in self.placement.missing]
+
+
+class _FromFiles(_Coming):
+    """A checkpoint on disk."""
+
+    def stream(
+        self,
+        fitted: Fit,
+        sink: ModelSink,
+        device: torch.device,
+        budget: int,
+        progress: Progress,
+    ) -> int:
+        gpus = int(device.type == "cuda")
+        weights = [weight for layer in fitted.layers for weight in layer.weights]
+        demand = demand_of(weights, max(1, len(fitted.layers)))
+        space = plan_workspace(demand, budget, len(os.sched_getaffinity(0)), gpus)
+        reader = Reader(self.checkpoint.directory, self.checkpoint.shards)
+        tasks = tasks_of(fitted.layers, space.slab_bytes)
+        read = 0
+        with (
+            _one_thread_each(),
+            closing(stream_tasks(tasks, space, reader, sink, [device])) as done,
+        ):
+            for layer in done:
+                read += layer.bytes_read
+                progress(layer)
+        for composed in self.placement.composed:
+            held = HeldTensors()
+            for name in composed.sources:
+                held.read(self.specs[name], reader)
+                read += self.specs[name].nbytes
+            sink.put(composed.convert(held.tensors))
+        reader.give_back()
+        return read
+
+
+class _FromTensors(_Coming):
+    """Tensors in memory, as they come."""
+
+    def __init__(
+        self, model: nn.Module, source: Iterable[tuple[str, Tensor]], recipe: _Recipe
+    ) -> None:
+        self._source = source
+        self.is_known = isinstance(source, Sequence)
+        if isinstance(source, Sequence):
+            specs = [spec_of(name, tensor) for name, tensor in source]
+        else:
+            saved = checkpoint_names(model, original_tensors(model))
+            specs = [spec_like(each.name, each.dtype, each.shape) for each in saved]
+        describe = getattr(getattr(model, "config", None), "to_dict", dict)
+        described = dict(describe())
+        described.pop("quantization_config", None)
+        shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
+        checkpoint = Checkpoint(Path("model"), Path("model"), described, shards)
+        super().__init__(model, checkpoint, recipe)
+        self._came: set[str] = set()
+
+    def stream(
+        self,
+        fitted: Fit,
+        sink: ModelSink,
+        device: torch.device,
+        budget: int,
+        progress: Progress,
+    ) -> int:
+        held, read = HeldTensors(), 0
+        waiting = Waiting(fitted.layers, self.placement.composed)
+        space = plan_workspace(waiting.demand(), budget, 1, int(device.type == "cuda"))
+        with running_out_of_memory(), torch.inference_mode():
+            lane = open_lane(space, device)
+            with Worker(lane, space.slab_bytes, held, sink, Clock(), Event()) as worker:
+                for name, tensor in self._source:
+                    if not self._take(name, tensor):
+                        continue
+                    held.hold(name, tensor)
+                    read += self.specs[name].nbytes
+                    layers, composed = waiting.ready(name)
+                    for layer in layers:
+                        for done in worker.work(Task((with_specs(layer, self.specs),))):
+                            progress(done)
+                    for each in composed:
+                        sink.put(each.convert(held.tensors))
+                    held.release(waiting.done())
+        return read
+
+    def _take(self, name: str, tensor: Tensor) -> bool:
+        """Whether anything waits for the tensor. Raises CheckpointError for one that is wrong."""
+        if name not in self.specs:
+            self.unexpected.append(name)
+            return False
+        if name in self._came:
+            raise CheckpointError(f"tensor {name!r}: comes twice")
+        if tuple(tensor.shape) != self.specs[name].shape:
+            raise CheckpointError(
+                f"tensor {name!r}: expected {list(self.specs[name].shape)}, found "
+                f"{list(tensor.shape)}"
+            )
+        self._came.add(name)
+        self.specs[name] = spec_of(name, tensor)
+        return bool(self.placement.by_source.get(name)) or any(
+            name in composed.sources for composed in self.placement.composed
+        )
+
+    def missing(self) -> list[str]:
+        lost = [name for name in self.specs if name not in self._came]
+        targets = {p.target for n in lost for p in self.placement.by_source.get(n, ())}
+        return sorted({*super().missing(), *targets})
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Workers are the parallelism: threads inside torch would only get in their way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _require(placement: Placement, strict: bool) -> None:
+    """Raises CheckpointError if a source that is known is not all of the model."""
+    if strict and placement.missing:
+        raise CheckpointError(_not_all([str(gap) for gap in placement.missing]))
+
+
+def _not_all(missing: Sequence[str]) -> str:
+    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+    return (
+        f"not all of the model comes: missing {', '.join(missing[:10])}{more}; give the rest, or "
+        "strict=False"
+    )
+
+
+def _result(
+    model: nn.Module,
+    coming: _Coming,
+    fitted: Fit,
+    missing: Sequence[str],
+    read: int,
+    meter: PeakMeter,
+) -> LoadResult:
+    quantized = tuple(sorted(granularities_of(model)))
+    warnings = [*coming.decided.warnings, *fitted.warnings]
+    if not quantized:
+        warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
+    fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}
+    return LoadResult(
+        quantized,
+        tuple(name for name in original_tensors(model) if name not in fp8),
+        tuple(missing),
+        tuple(coming.unexpected),
+        tuple(warnings),
+        read,
+        meter.peak.anonymous - meter.baseline.anonymous,
+    )
+
+
+def _bytes(budget: str | int) -> int:
+    return budget if isinstance(budget, int) else parse_size(budget)
+
+
+def _nothing(done: LayerDone) -> None:
+    """What is told of progress where nobody asks."""
