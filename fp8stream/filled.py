@@ -65,6 +65,7 @@ class Findings:
         self.unexpected: list[str] = []
         self.ignored: list[str] = []
         self.stranded: list[str] = []
+        self.leftover: list[Missing] = []
         self.problems: list[str] = []
 
     def same(self, name: str, target: str, shape: Shape) -> None:
@@ -89,7 +90,7 @@ class Findings:
         return [
             gap
             for target, filled in self._filled(places, ties).items()
-            for gap in _gaps(target, self.targets[target], filled)
+            for gap in gaps(target, self.targets[target], filled)
         ]
 
     def _filled(self, places: Iterable[Place], ties: Mapping[str, str]) -> dict[str, list[_Filled]]:
@@ -104,26 +105,41 @@ class Findings:
         return filled
 
 
-def _gaps(target: str, shape: Shape, filled: Sequence[_Filled]) -> Iterator[Missing]:
-    """What nothing fills. Raises CheckpointError for what is filled twice."""
+def gaps(name: str, shape: Shape, filled: Sequence[_Filled], once: bool = True) -> list[Missing]:
+    """What nothing fills, gaps that follow each other along the first axis as one.
+
+    Raises CheckpointError for what is filled more than `once`.
+    """
     if 0 in shape or (len(filled) == 1 and tuple(map(len, filled[0][0])) == shape):
-        return
+        return []
+    found: list[Region] = []
     for region, names in _cells(shape, filled):
-        if len(names) > 1:
+        if len(names) > 1 and once:
             raise CheckpointError(
-                f"{names[0]} and {names[1]} both fill {target}[{region_text(region)}]: map one of "
+                f"{names[0]} and {names[1]} both fill {name}[{region_text(region)}]: map one of "
                 "them elsewhere, or to None"
             )
         if not names:
-            yield Missing(target, shape, region)
+            found[-1:] = _joined(found[-1:], region)
+    return [Missing(name, shape, region) for region in found]
+
+
+def _joined(before: list[Region], region: Region) -> list[Region]:
+    """`region` and the one before, if any; as one if it goes on where that ends."""
+    for one in before:
+        first, second = one[0], region[0]
+        if one[1:] == region[1:] and first.stop == second.start and first.step == second.step == 1:
+            return [(range(first.start, second.stop), *one[1:])]
+    return [*before, region]
 
 
 def _cells(
     shape: Shape, filled: Sequence[_Filled], axis: int = 0
 ) -> Iterator[tuple[Region, list[str]]]:
     """Boxes that make up a tensor of `shape`, and the names of those that fill each."""
-    if not filled or axis == len(shape):
-        yield tuple(map(range, shape[axis:])), [name for _, name in filled]
+    rest = tuple(map(range, shape[axis:]))
+    if all(region[axis:] == rest for region, _ in filled):
+        yield rest, [name for _, name in filled]
         return
     for part, inside in _cuts(shape[axis], filled, axis):
         for region, names in _cells(shape, inside, axis + 1):

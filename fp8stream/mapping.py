@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from fp8stream.conversions import Library, Saved, as_it_is, convert_in, convert_out, either
 from fp8stream.errors import CheckpointError, SchemeError
-from fp8stream.filled import Composed, Findings, Missing
+from fp8stream.filled import Composed, Findings, Missing, gaps
 from fp8stream.places import Place, Region, Shape, cut, region_text, whole
 
 IndexItem = int | slice | str
-
-
 Index = IndexItem | tuple[IndexItem, ...]
 
 
@@ -52,7 +50,8 @@ class Placement:
     that are tied, one name is filled: `ties` leads from the others to it. `duplicates` fill it
     again and should hold the same values. Names that find nothing in the model are `unexpected`,
     `ignored` where the model or the mapping says so, and `stranded` where they are of no use
-    without others that are not there. `unused` are keys of the mapping that match no name.
+    without others that are not there. `unused` are keys of the mapping that match no name, and
+    `leftover` parts of checkpoint tensors that it sends nowhere.
     `conversions` is what transformers keeps as `model._weight_conversions`, to save under the names
     that were loaded.
     """
@@ -67,6 +66,7 @@ class Placement:
     ignored: tuple[str, ...]
     stranded: tuple[str, ...]
     unused: tuple[str, ...]
+    leftover: tuple[Missing, ...]
     conversions: tuple[Any, ...]
 
     @cached_property
@@ -146,6 +146,7 @@ def find_places(
         ignored=tuple(found.ignored),
         stranded=tuple(found.stranded),
         unused=unused,
+        leftover=tuple(found.leftover),
         conversions=conversions,
     )
 
@@ -219,7 +220,10 @@ def _follow(found: Findings, rules: Sequence[_Rule], name: str, shape: Shape) ->
             found.places += _placed(name, shape, part, found.targets[part.target])
         except ValueError as error:
             raise SchemeError(f"mapping: {name} to {part.target}: {error}") from None
-    if said and not any(said):
+    taken = [(_taken(shape, part.source_index), name) for parts in said for part in parts]
+    if taken:
+        found.leftover += gaps(name, shape, taken, once=False)
+    elif said:
         found.ignored.append(name)
     return bool(said)
 

@@ -236,12 +236,10 @@ def _merge(piece: Piece, axis: int, size: tuple[int, int]) -> Iterator[Piece]:
     (rows, columns), (down, right) = piece.region[axis : axis + 2], piece.steps[axis : axis + 2]
     side = size[1]
     joined = piece.along(axis + 1)
-    if len(columns) == side and (down == side * right * rows.step or len(rows) == 1):
-        run = stepped(rows.start * side, 1, len(rows) * side)
-        if rows.step == 1:
-            yield joined.along(axis, (run, right))
-            return
-    if len(rows) <= len(columns):
+    goes_on = len(rows) == 1 or (rows.step == 1 and down == side * right)
+    if goes_on and len(columns) == side:
+        yield joined.along(axis, (stepped(rows.start * side, 1, len(rows) * side), right))
+    elif len(rows) <= len(columns):
         for number, row in enumerate(rows):
             part = stepped(row * side + columns.start, columns.step, len(columns))
             yield joined.along(axis, (part, right), first=number * down)
@@ -275,6 +273,7 @@ def _limited(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def stepped(start: int, step: int, count: int) -> range:
+    """`count` numbers from `start` on; equal ranges are written alike."""
     return range(start, start + step * (count - 1) + 1, step if count > 1 else 1)
 
 
