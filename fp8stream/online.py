@@ -27,6 +27,7 @@ from fp8stream.held import HeldTensors, spec_like, spec_of
 from fp8stream.live import Held, ModelSink, Part
 from fp8stream.mapping import Placement, Rule, checkpoint_names, find_places
 from fp8stream.memory import PeakMeter, parse_size, plan_workspace
+from fp8stream.places import Place, Region
 from fp8stream.plan import Decisions, Task, decide_tensors, demand_of, tasks_of
 from fp8stream.policy import Patterns
 from fp8stream.reader import Reader
@@ -107,7 +108,7 @@ def load_into(
     command line; `progress` is called for each layer that is done.
 
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
-    WeightError for NaN and infinity; SchemeError for what cannot be asked; DeviceError, BudgetError.
+    WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.
     """
     recipe = _Recipe(
         Scheme(Granularity(scheme)),
@@ -327,6 +328,8 @@ class _FromTensors(_Coming):
         shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
         checkpoint = Checkpoint(Path("model"), Path("model"), described, shards)
         super().__init__(model, checkpoint, recipe)
+        self._model, self._original = model, original_tensors(model)
+        self._names = {_where(places): n for n, places in self.placement.by_source.items()}
         self._came: set[str] = set()
 
     def stream(
@@ -343,7 +346,8 @@ class _FromTensors(_Coming):
         with running_out_of_memory(), torch.inference_mode():
             lane = open_lane(space, device)
             with Worker(lane, space.slab_bytes, held, sink, Clock(), Event()) as worker:
-                for name, tensor in self._source:
+                for given, tensor in self._source:
+                    name = self._known(given, tensor)
                     if not self._take(name, tensor):
                         continue
                     held.hold(name, tensor)
@@ -356,6 +360,14 @@ class _FromTensors(_Coming):
                         sink.put(each.convert(held.tensors))
                     held.release(waiting.done())
         return read
+
+    def _known(self, name: str, tensor: Tensor) -> str:
+        """The name that is expected for a tensor that goes to the same place under another one."""
+        if name in self.specs:
+            return name
+        shapes = [(name, tuple(tensor.shape))]
+        found = find_places(self._model, shapes, None, self._original).by_source.get(name, ())
+        return self._names.get(_where(found), name) if found else name
 
     def _take(self, name: str, tensor: Tensor) -> bool:
         """Whether anything waits for the tensor. Raises CheckpointError for one that is wrong."""
@@ -379,6 +391,11 @@ class _FromTensors(_Coming):
         lost = [name for name in self.specs if name not in self._came]
         targets = {p.target for n in lost for p in self.placement.by_source.get(n, ())}
         return sorted({*super().missing(), *targets})
+
+
+def _where(places: Sequence[Place]) -> frozenset[tuple[str, Region]]:
+    """The regions that a tensor fills."""
+    return frozenset((place.target, place.region) for place in places)
 
 
 @contextmanager
