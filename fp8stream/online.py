@@ -131,6 +131,9 @@ def load_into(
     if missing and strict:
         raise CheckpointError(_not_all(missing))
     object.__setattr__(model, _RECIPE, recipe)
+    if coming.placement.conversions:
+        # What transformers keeps there itself, to save under the names that were loaded.
+        object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
     return _result(model, coming, fitted, missing, read, meter)
 
 

@@ -13,6 +13,7 @@ import fp8stream
 HOUSE = [
     "__main__",
     "cli",
+    "saving",
     "online",
     "verify",
     "findings",
