@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
+from fp8stream.coded import copy_layer, find_coded, is_of_activations, parted
 from fp8stream.device import find_devices, open_lane, running_out_of_memory
 from fp8stream.errors import CheckpointError, ReloadError
 from fp8stream.experts import ExpertForm, ExpertOptions
@@ -249,15 +250,22 @@ class _Coming:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint, recipe: _Recipe) -> None:
         self.checkpoint = checkpoint
         self.specs = {spec.name: spec for spec in checkpoint.tensors}
+        self.coded = find_coded(self.specs)
         self.decided = recipe.decide(checkpoint)
-        shapes = ((spec.name, spec.shape) for spec in checkpoint.tensors)
+        beside = {each.scales.name for each in self.coded.values()}
+        shapes = [
+            (spec.name, spec.shape)
+            for spec in checkpoint.tensors
+            if spec.name not in beside and not (self.coded and is_of_activations(spec.name))
+        ]
         self.placement = find_places(model, shapes, recipe.mapping, original_tensors(model))
         self.unexpected = list(self.placement.unexpected)
 
     def fit(self, model: nn.Module, recipe: _Recipe) -> Fit:
         """How the source fits the model: its FP8 modules, or what will be that."""
-        keep = recipe.experts.form is ExpertForm.KEEP
+        keep = recipe.experts.form is ExpertForm.KEEP or bool(self.coded)
         chosen = granularities(self.decided, experts=not keep)
+        chosen |= {name: each.granularity for name, each in self.coded.items()}
         weights, fixed = find_weights(model), granularities_of(model)
         return fit(self.decided, chosen, self.placement, weights, fixed)
 
@@ -289,11 +297,12 @@ class _FromFiles(_Coming):
         progress: Progress,
     ) -> int:
         gpus = int(device.type == "cuda")
-        weights = [weight for layer in fitted.layers for weight in layer.weights]
+        numbers = [layer for coded, layer in parted(fitted.layers) if not coded]
+        weights = [weight for layer in numbers for weight in layer.weights]
         demand = demand_of(weights, max(1, len(fitted.layers)))
         space = plan_workspace(demand, budget, len(os.sched_getaffinity(0)), gpus)
         reader = Reader(self.checkpoint.directory, self.checkpoint.shards)
-        tasks = tasks_of(fitted.layers, space.slab_bytes)
+        tasks = tasks_of(numbers, space.slab_bytes)
         read = 0
         with (
             _one_thread_each(),
@@ -302,6 +311,8 @@ class _FromFiles(_Coming):
             for layer in done:
                 read += layer.bytes_read
                 progress(layer)
+        for coded, one in parted(fitted.layers):
+            read += copy_layer(one, self.coded, reader, sink) if coded else 0
         for composed in self.placement.composed:
             held = HeldTensors()
             for name in composed.sources:
@@ -331,6 +342,8 @@ class _FromTensors(_Coming):
         shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
         checkpoint = Checkpoint(Path("model"), Path("model"), described, shards)
         super().__init__(model, checkpoint, recipe)
+        if self.coded:
+            raise CheckpointError("tensors in FP8 are loaded from a directory or a file alone")
         self._model, self._original = model, original_tensors(model)
         self._names = {_where(places): n for n, places in self.placement.by_source.items()}
         self._came: set[str] = set()

@@ -20,6 +20,7 @@ HOUSE = [
     "stream",
     "work",
     "skeleton",
+    "coded",
     "waiting",
     "fitting",
     "held",
