@@ -12,7 +12,7 @@ Nothing here has gradients: outputs are cut off from the graph, as weights are n
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,24 @@ _HALF, _NAN = 256.0, 0x3F80
 # Activations
 
 
-def quantize_activations(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+def quantize_activations(
+    x: Tensor,
+    granularity: Granularity,
+    largest: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Codes of `x` [tokens, in], and float32 scales by the rule of weights.
 
     One scale a token, [tokens, 1]; under block granularity one for each 128 inputs, [tokens,
-    ceil(in / 128)]. A token, or a group, that has a NaN or infinity gets one for a scale.
+    ceil(in / 128)]. A token, or a group, that has a NaN or infinity gets one for a scale. Where `x`
+    has some of a token's inputs alone, `largest` makes of their largest magnitudes those of all.
     """
     wide = x.float()
     columns = wide.shape[1]
     if granularity is not Granularity.BLOCK or columns <= BLOCK:
-        scale = weight_scale(wide.abs().amax(1, keepdim=True))
+        amax = wide.abs().amax(1, keepdim=True)
+        if largest is not None and granularity is not Granularity.BLOCK:
+            amax = largest(amax)
+        scale = weight_scale(amax)
         return (wide / scale).to(CODES), scale
     ragged = functional.pad(wide, (0, -columns % BLOCK))
     groups = ragged.view(wide.shape[0], -(-columns // BLOCK), BLOCK)
@@ -219,13 +227,31 @@ def _(
 # Modules
 
 
+class Ranks(Protocol):
+    """The ranks of tensor parallelism, each of which holds a part of a module's weights."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over all ranks, on each."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of any rank, element by element, on each."""
+
+
 class _Stored(nn.Module):
-    """A module with parameters whose dtypes are what they are: `.to(dtype)` leaves them alone."""
+    """A module with parameters whose dtypes are what they are: `.to(dtype)` leaves them alone.
+
+    `ranks` are those that outputs must be summed over, as each has part of a sum.
+    """
 
     def __init__(self, granularity: Granularity, quantize_activations: bool) -> None:
         super().__init__()
         self.granularity = granularity
         self.quantize_activations = quantize_activations
+        self.ranks: Ranks | None = None
         self._fixed: tuple[str, ...] = ()
 
     def _store(self, name: str, scale_name: str, codes: Tensor, scale: Tensor) -> None:
@@ -233,14 +259,19 @@ class _Stored(nn.Module):
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
             self._fixed += (key,)
 
-    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes and scales of `x` [tokens, in], or `x` itself where activations stay."""
+    def _quantized(self, x: Tensor, ranks: Ranks | None = None) -> tuple[Tensor, Tensor | None]:
+        """Codes and scales of `x` [tokens, in], or `x` itself where activations stay.
+
+        A token's inputs are spread over `ranks`, if given.
+        """
         if x.dtype not in _SIXTEEN_OR_MORE:
             raise SchemeError(
                 f"{type(self).__name__}: inputs of {x.dtype}; give it bfloat16, float16 or float32 "
                 "(its weight's dtype is not one to cast inputs to)"
             )
-        return quantize_activations(x, self.granularity) if self.quantize_activations else (x, None)
+        if not self.quantize_activations:
+            return x, None
+        return quantize_activations(x, self.granularity, ranks.largest if ranks else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `.to`, `.cuda`, `.half` and their like do to every tensor, less the casts here."""
@@ -291,6 +322,7 @@ class FP8Linear(_Stored):
     """A linear layer: `weight` [out, in] float8_e4m3fn, `weight_scale` float32, `bias` [out].
 
     `weight_scale` is [out, 1], [1] or [ceil(out/128), ceil(in/128)]. Weights begin as zeros.
+    `out_features` and `in_features` are those of all ranks together, where each has a part.
     """
 
     weight: nn.Parameter
@@ -336,10 +368,21 @@ class FP8Linear(_Stored):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out] in the dtype of `x`. Raises SchemeError for inputs of 8 bit."""
+        rows, columns = self.weight.shape
         with torch.no_grad():
-            codes, scale = self._quantized(x.reshape(-1, self.in_features))
-            product = _multiply(codes, scale, self.weight, self.weight_scale, self.bias, x.dtype)
-            return product.view(*x.shape[:-1], self.out_features)
+            codes, scale = self._quantized(x.reshape(-1, columns), self.ranks)
+            operands = codes, scale, self.weight, self.weight_scale
+            if self.ranks is None:
+                product = _multiply(*operands, self.bias, x.dtype)
+            else:
+                product = self._summed(_multiply(*operands, None, _partial_dtype(x)), x.dtype)
+            return product.view(*x.shape[:-1], rows)
+
+    def _summed(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+        assert self.ranks is not None
+        total = self.ranks.sum(partial)
+        # Once for all ranks, so after the sum.
+        return (total if self.bias is None else total + self.bias).to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] as numbers."""
@@ -352,6 +395,11 @@ class FP8Linear(_Stored):
             f"bias={self.bias is not None}, granularity={self.granularity.value}"
             + ("" if self.quantize_activations else ", quantize_activations=False")
         )
+
+
+def _partial_dtype(x: Tensor) -> torch.dtype:
+    """What a rank's part of a sum is rounded to: where it costs nothing, not at all."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.dtype
 
 
 def _dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -589,10 +637,12 @@ class FP8Experts(_Stored):
         """
         with torch.no_grad():
             if self.form.dense:
-                return self._dense(hidden_states)
-            if top_k_index is None or top_k_weights is None:
+                mine = self._dense(hidden_states)
+            elif top_k_index is None or top_k_weights is None:
                 raise SchemeError("FP8Experts: expected the experts and the weights of every token")
-            return self._routed(hidden_states, top_k_index, top_k_weights)
+            else:
+                mine = self._routed(hidden_states, top_k_index, top_k_weights)
+            return mine if self.ranks is None else self.ranks.sum(mine).to(hidden_states.dtype)
 
     def _dense(self, hidden: Tensor) -> Tensor:
         """Tokens come sorted by experts: for those of other ranks' experts there is 0."""
@@ -602,7 +652,7 @@ class FP8Experts(_Stored):
         mine = self._run(*self._quantized(hidden[held]), ends, hidden.dtype)
         if self.num_experts == self.form.experts:
             return mine
-        every = torch.zeros_like(hidden)
+        every = torch.zeros_like(hidden, dtype=mine.dtype)
         every[held] = mine
         return every
 
@@ -622,13 +672,23 @@ class FP8Experts(_Stored):
         rows = rows * weights.reshape(-1)[order][:, None]
         rows = rows.masked_fill((experts == self.num_experts)[:, None], 0.0)
         back = torch.argsort(order)
-        return rows[back].view(tokens, k, rows.shape[1]).sum(1).to(hidden.dtype)
+        total = rows[back].view(tokens, k, rows.shape[1]).sum(1)
+        return total.to(hidden.dtype if self.ranks is None else _partial_dtype(hidden))
 
     def _run(self, x: Tensor, scale: Tensor | None, ends: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows sorted by experts, those of expert e up to `ends[e]`, through their experts."""
-        up = self._stacked(0, x, scale, ends, dtype)
-        down = self._stacked(1, *self._quantized(self._activate(up)), ends, dtype)
+        active = self._activate(self._stacked(0, x, scale, ends, dtype))
+        if self._is_cut_within:
+            partial = _partial_dtype(active)
+            return self._stacked(1, *self._quantized(active, self.ranks), ends, partial)
+        down = self._stacked(1, *self._quantized(active), ends, dtype)
         return self.post_expert_norm(down) if self.form.normed else down
+
+    @property
+    def _is_cut_within(self) -> bool:
+        """Whether each rank has some of every expert's intermediate size."""
+        down: Tensor = getattr(self, self.form.weights[1])
+        return self.ranks is not None and down.shape[2] != self.form.shapes[1][1]
 
     def _activate(self, up: Tensor) -> Tensor:
         if not self.form.gated:
@@ -644,6 +704,9 @@ class FP8Experts(_Stored):
     ) -> Tensor:
         name = self.form.weights[at]
         bias = getattr(self, self.form.biases[at]) if self.form.biases else None
+        if at and self._is_cut_within and self.ranks and self.ranks.rank:
+            # Once for all ranks, whose outputs are summed.
+            bias = None
         parts = self.form.parts(name)
         product: Tensor = torch.ops.fp8stream.linear_by_experts(
             x,
