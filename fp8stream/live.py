@@ -17,20 +17,40 @@ from fp8stream.coverage import Coverage
 from fp8stream.device import TORCH_DTYPES, bytes_of
 from fp8stream.errors import CheckpointError
 from fp8stream.header import TensorSpec
-from fp8stream.places import Place, strides
+from fp8stream.places import Piece, Place, cut, reshaped, strides
 from fp8stream.reader import ShardReader
 
 
 @dataclass(frozen=True)
 class Part:
-    """What of a tensor of `shape` a rank holds: a range of each of its sides."""
+    """What a rank holds of a tensor of shape `of`: a tensor of the shape `local`.
 
+    It is a range of each side of `shape`, which is `of` but where matrices that lie below each
+    other, as gate and up do, are cut one by one: those get a side of their own.
+    """
+
+    of: tuple[int, ...]
+    local: tuple[int, ...]
     shape: tuple[int, ...]
     ranges: tuple[range, ...]
 
     @staticmethod
     def whole(shape: Sequence[int]) -> "Part":
-        return Part(tuple(shape), tuple(map(range, shape)))
+        sides = tuple(shape)
+        return Part(sides, sides, sides, tuple(map(range, sides)))
+
+    @staticmethod
+    def cut(shape: Sequence[int], axis: int, rank: int, ranks: int, parts: int = 1) -> "Part":
+        """The part number `rank` of `ranks` equal ones along `axis`, or along each of the `parts`
+        that lie there one after another."""
+        sides, at = tuple(shape), axis % len(shape)
+        each = sides[at] // parts // ranks
+        inner = (parts,) if parts > 1 else ()
+        view = (*sides[:at], *inner, sides[at] // parts, *sides[at + 1 :])
+        ranges = [range(side) for side in view]
+        ranges[at + len(inner)] = range(rank * each, (rank + 1) * each)
+        local = (*sides[:at], each * parts, *sides[at + 1 :])
+        return Part(sides, local, view, tuple(ranges))
 
     @property
     def is_whole(self) -> bool:
@@ -38,8 +58,33 @@ class Part:
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The shape of the part."""
+        """The shape of the part, seen as `shape` is."""
         return tuple(map(len, self.ranges))
+
+    def inside(self, place: Place) -> list[Place]:
+        """What of a place in the whole tensor lies in the part, as places in its `held` shape."""
+        if self.is_whole:
+            return [place]
+        pieces = [Piece(place.source, place.region, place.first, place.steps)]
+        pieces = reshaped(pieces, self.of, self.shape)
+        for axis, window in enumerate(self.ranges):
+            pieces = cut(pieces, axis, window)
+        return [piece.place(place.target, self.held) for piece in pieces]
+
+    def span(self) -> tuple[int, int]:
+        """Elements of the whole tensor, whole rows of its last side, that all of the part lies in:
+        the first, and the one after the last."""
+        *ranges, _ = self.ranges or (range(1),)
+        *steps, _ = strides(self.shape or (1,))
+        sides = list(zip(ranges, steps, strict=True))
+        first = sum(range_.start * step for range_, step in sides)
+        last = sum((range_.stop - 1) * step for range_, step in sides)
+        return first, last + (self.shape or (1,))[-1]
+
+    def of_whole(self, tensor: Tensor) -> Tensor:
+        """The part of a whole tensor, in its `local` shape."""
+        index = tuple(slice(range_.start, range_.stop) for range_ in self.ranges)
+        return tensor.reshape(self.shape)[index].reshape(self.local)
 
     def take(self, into: Tensor, first: int, values: Tensor) -> None:
         """Copies what of `values`, elements `first` and on of the whole, belongs to the part.
@@ -104,6 +149,8 @@ class ModelSink:
         self._came: dict[str, Coverage] = {}
         self._lock = threading.Lock()
         self.changed: set[str] = set()
+        # Bytes of the source that were not read, as other ranks hold them.
+        self.passed_over = 0
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Raises CheckpointError if any code of it came before."""
@@ -121,24 +168,23 @@ class ModelSink:
         spec, places = self._specs[name], self._places.get(name, ())
         if not places:
             return length
-        if len(places) == 1 and self._is_straight(spec, places[0]):
+        if len(places) == 1 and self._is_straight(spec, places[0], len(buffer)):
             return self._copy_straight(spec, places[0], offset, length, source, at, buffer)
         whole = torch.empty(spec.shape, dtype=dtype_of(spec))
         source.read_into(bytes_of(whole), spec.offset, name)
         for place in places:
             held, into = self._into(place.target)
-            place = place if held.part.is_whole else place.within(held.part.ranges) or place
-            if place.shape != () and 0 in place.shape:
-                continue
-            place.apply(into, whole)
+            for inside in held.part.inside(place):
+                inside.apply(into if held.part.is_whole else into.view(held.part.held), whole)
         return length
 
-    def _is_straight(self, spec: TensorSpec, place: Place) -> bool:
-        """Whether the tensor is the target, element for element, all of which is held."""
+    def _is_straight(self, spec: TensorSpec, place: Place, room: int) -> bool:
+        """Whether the tensor is the target, element for element, and can come in runs of `room`
+        bytes: of whole rows, if a part of it is held."""
         held = self._targets[place.target]
         same = place.whole and place.shape == spec.shape and place.first == 0
-        straight = same and place.steps == strides(spec.shape) and held.part.is_whole
-        return straight and held.tensor.is_contiguous()
+        fits = held.part.is_whole or held.part.shape[-1] * spec.itemsize <= room
+        return same and place.steps == strides(spec.shape) and held.tensor.is_contiguous() and fits
 
     def _copy_straight(
         self,
@@ -151,7 +197,15 @@ class ModelSink:
         buffer: memoryview,
     ) -> int:
         held, into = self._into(place.target)
-        size = min(length, len(buffer) // spec.itemsize * spec.itemsize)
+        begin, end = (element * spec.itemsize for element in held.part.span())
+        if not begin <= offset < end:
+            # Other ranks' rows are not read.
+            size = min(length, begin - offset) if offset < begin else length
+            with self._lock:
+                self.passed_over += size
+            return size
+        width = spec.itemsize * (1 if held.part.is_whole else held.part.shape[-1])
+        size = min(length, end - offset, len(buffer) // width * width)
         source.read_into(buffer[:size], at, spec.name)
         source.give_back(at, size)
         values = torch.frombuffer(buffer[:size], dtype=dtype_of(spec))
@@ -185,8 +239,7 @@ class ModelSink:
         """Takes whole tensors, by the names of their targets."""
         for name, tensor in tensors.items():
             held = self._targets[name]
-            values = tensor[tuple(slice(r.start, r.stop) for r in held.part.ranges)]
-            held.values.copy_(values)
+            held.values.copy_(held.part.of_whole(tensor))
 
     def finished(self, layer: int) -> None:
         """Puts a unit in place whose last layer this was."""

@@ -27,7 +27,13 @@ from fp8stream.places import Place, strides
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
 from fp8stream.scheme import BLOCK, Granularity, Scheme
-from fp8stream.skeleton import find_weights, granularities_of, original_tensors, stored_tensors
+from fp8stream.skeleton import (
+    find_weights,
+    granularities_of,
+    original_tensors,
+    parts_of,
+    stored_tensors,
+)
 from fp8stream.weights import WeightPlan
 from fp8stream.writer import CheckpointWriter
 
@@ -41,6 +47,8 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
     Raises OutputError; SchemeError for a model that is not in FP8, or whose experts no engine would
     load in it.
     """
+    if parts_of(model):
+        raise SchemeError("save: the model is spread over ranks; save one that is loaded whole")
     stored = _Stored.of(model)
     size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     plan = _plan(model, stored, size)

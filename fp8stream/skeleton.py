@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fp8stream.fitting import Weight
 from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
+from fp8stream.live import Part
 from fp8stream.mapping import Placement, model_tensors
 from fp8stream.scheme import Granularity
 
@@ -56,17 +57,21 @@ def granularities_of(model: nn.Module) -> dict[str, Granularity]:
 
 def original_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The persistent tensors that the model has, or had: FP8 weights on meta, in their own shape,
-    and no scales."""
+    and no scales; what is spread over ranks on meta, whole."""
     tensors = model_tensors(model)
+    for name, part in parts_of(model).items():
+        tensors[name] = torch.empty(part.of, dtype=tensors[name].dtype, device="meta")
     for name, module in model.named_modules(remove_duplicate=False):
         at = f"{name}." if name else ""
         if isinstance(module, FP8Linear):
             del tensors[f"{at}weight_scale"]
-            tensors[f"{at}weight"] = _meta(module.weight.shape)
+            tensors[f"{at}weight"] = _meta((module.out_features, module.in_features))
         elif isinstance(module, FP8Experts):
-            for parameter in module.form.weights:
+            for parameter, (rows, columns) in zip(
+                module.form.weights, module.form.shapes, strict=True
+            ):
                 del tensors[f"{at}{parameter}_scale"]
-                experts, rows, columns = tensors[f"{at}{parameter}"].shape
+                experts = module.form.experts
                 turned = (columns, rows) if module.form.transposed else (rows, columns)
                 tensors[f"{at}{parameter}"] = _meta((experts, *turned))
     return tensors
@@ -74,6 +79,33 @@ def original_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _meta(shape: Any) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
+
+
+_PARTS = "_fp8stream_parts"
+
+
+def parts_of(model: nn.Module) -> Mapping[str, Part]:
+    """What is held here of each tensor that is spread over ranks, by its name."""
+    parts: Mapping[str, Part] = getattr(model, _PARTS, {})
+    return parts
+
+
+def hold_parts(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Leaves of each tensor in `parts` that part, ties staying ties."""
+    held: dict[int, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in _own(module):
+            part = parts.get(f"{path}.{name}" if path else name)
+            if part is None or tuple(tensor.shape) != part.of:
+                continue
+            if id(tensor) not in held:
+                whole = part.of_whole(tensor.detach())
+                new = whole.clone(memory_format=torch.contiguous_format)
+                if isinstance(tensor, nn.Parameter):
+                    new = _parameter_like(tensor, new, tensor.requires_grad)
+                held[id(tensor)] = new
+            _put(module, name, held[id(tensor)])
+    object.__setattr__(model, _PARTS, dict(parts))
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
