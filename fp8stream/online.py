@@ -31,6 +31,7 @@ from fp8stream.memory import PeakMeter, parse_size, plan_workspace
 from fp8stream.places import Place, Region
 from fp8stream.plan import Decisions, Task, decide_tensors, demand_of, tasks_of
 from fp8stream.policy import Patterns
+from fp8stream.ranks import Group, Spread, spread, trimmed
 from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
@@ -40,6 +41,7 @@ from fp8stream.skeleton import (
     give_storage,
     granularities_of,
     original_tensors,
+    parts_of,
     stored_tensors,
 )
 from fp8stream.stream import LayerDone, Worker, stream_tasks
@@ -96,6 +98,9 @@ def load_into(
     memory_budget: str | int = "1GiB",
     mapping: Mapping[str, Rule] | None = None,
     strict: bool = True,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    tp_plan: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> LoadResult:
     """Loads `source` into `model`, whose linear layers and experts become FP8 in place.
@@ -107,6 +112,11 @@ def load_into(
     where names go that neither the model nor transformers knows (see `find_places`), all of an
     iterator is gathered first. `scheme`, `ignore`, `include` and `experts` mean what they do on the
     command line; `progress` is called for each layer that is done.
+
+    Of `tp_size` ranks, `tp_rank` gets its part of the model, to the bit what it is of the whole:
+    scales are those of whole rows and sets, for which it asks no other rank. `tp_plan` says what is
+    cut how, in transformers' words, by names in which `*` stands for a number or a name; by default
+    it is the model's own. A forward takes all ranks, as processes of torch.distributed.
 
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
     WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.
@@ -122,11 +132,18 @@ def load_into(
     fitted = coming.fit(model, recipe)
     if coming.is_known:
         _require(coming.placement, strict)
+    ours = Spread()
+    if (tp_rank, tp_size) != (0, 1):
+        group = Group(tp_rank, tp_size)
+        ours = spread(model, fitted.quantized, coming.placement.ties, group, tp_plan)
+    fitted = trimmed(fitted, ours.parts)
     with PeakMeter() as meter, torch.no_grad():
         become_fp8(model, fitted.quantized)
+        ours.apply(model)
         give_storage(model, where)
         sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
         read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
+        read -= sink.passed_over
         missing = [*coming.missing(), *finish(model, coming.placement, where)]
         meter.sample()
     if missing and strict:
@@ -135,7 +152,7 @@ def load_into(
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
-    return _result(model, coming, fitted, missing, read, meter)
+    return _result(model, coming, fitted, missing, read, meter, ours.warnings)
 
 
 def reload(
@@ -159,9 +176,10 @@ def reload(
     if not isinstance(recipe, _Recipe):
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
     held = _held(model)
+    parts = parts_of(model)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
     coming = _open(model, source, recipe)
-    fitted = coming.fit(model, recipe)
+    fitted = trimmed(coming.fit(model, recipe), parts)
     partial = [str(gap) for gap in coming.placement.missing if not gap.whole]
     if partial and strict and coming.is_known:
         raise CheckpointError(_not_all(partial))
@@ -170,6 +188,7 @@ def reload(
     with PeakMeter() as meter, torch.no_grad():
         try:
             read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
+            read -= sink.passed_over
         except Exception as error:
             new = tuple(sorted(sink.changed))
             what = f"{len(new)} of {len(fitted.tensors)} units are new, all others as they were"
@@ -227,7 +246,9 @@ class _Taken:
 
 def _held(model: nn.Module) -> dict[str, Held]:
     """The model's tensors as targets, under each of their names."""
-    return {n: Held(t, Part.whole(t.shape)) for n, t in stored_tensors(model).items()}
+    parts = parts_of(model)
+    tensors = stored_tensors(model).items()
+    return {name: Held(t, parts.get(name) or Part.whole(t.shape)) for name, t in tensors}
 
 
 def _open(model: nn.Module, source: Source, recipe: _Recipe) -> "_Coming":
@@ -366,6 +387,8 @@ class _FromTensors(_Coming):
                     name = self._known(given, tensor)
                     if not self._take(name, tensor):
                         continue
+                    if not waiting.is_for(name):
+                        continue  # of experts that other ranks have
                     held.hold(name, tensor)
                     read += self.specs[name].nbytes
                     layers, composed = waiting.ready(name)
@@ -446,9 +469,10 @@ def _result(
     missing: Sequence[str],
     read: int,
     meter: PeakMeter,
+    more: Sequence[str] = (),
 ) -> LoadResult:
     quantized = tuple(sorted(granularities_of(model)))
-    warnings = [*coming.decided.warnings, *fitted.warnings]
+    warnings = [*coming.decided.warnings, *fitted.warnings, *more]
     if not quantized:
         warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
     fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}

@@ -35,6 +35,10 @@ class Waiting:
         wide = [replace(w, spec=replace(w.spec, dtype="F32")) for w in weights]
         return replace(demand_of(wide, max(1, len(wide))), itemsize=2)
 
+    def is_for(self, name: str) -> bool:
+        """Whether anything waits for `name`."""
+        return bool(self._waits.get(name))
+
     def ready(self, name: str) -> tuple[list[LayerPlan], list[Composed]]:
         """What can be worked on, now that `name` is there."""
         layers: list[LayerPlan] = []
