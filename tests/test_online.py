@@ -67,6 +67,9 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama4": {
         "text_config": {
             **EXPERTS,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
             "intermediate_size_mlp": 256,
             "num_local_experts": 4,
             "num_experts_per_tok": 1,
@@ -205,7 +208,9 @@ def chosen(full: nn.Module, scheme: str) -> dict[str, Granularity]:
         if any(part in name for part in ("vision", "multi_modal", "lm_head")):
             continue
         if type(module) is nn.Linear:
-            found[name] = Granularity(scheme)
+            # Engines turn the rows of these, which blocks cannot follow: see `inspect`.
+            turned = type(full).__name__[:6] == "Llama4" and name[-6:] in ("q_proj", "k_proj", "v_proj")
+            found[name] = Granularity("channel" if turned and scheme == "block" else scheme)
         elif type(module).__name__.endswith("Experts"):
             found[name] = Granularity(experts)
     return found
