@@ -87,6 +87,8 @@ def become_fp8(model: nn.Module, quantized: Mapping[str, Granularity]) -> None:
     for name, granularity in quantized.items():
         module = model.get_submodule(name)
         new: nn.Module
+        if isinstance(module, FP8Linear | FP8Experts):
+            continue
         if isinstance(module, nn.Linear):
             new = FP8Linear.on_meta_like(module, granularity)
         else:
