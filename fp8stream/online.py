@@ -9,7 +9,7 @@ unit, so that whoever holds on to their storage, as a captured graph does, sees 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
@@ -20,7 +20,7 @@ from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
 from fp8stream.coded import copy_layer, find_coded, is_of_activations, parted
 from fp8stream.device import find_devices, open_lane, running_out_of_memory
-from fp8stream.errors import CheckpointError, ReloadError
+from fp8stream.errors import CheckpointError, ReloadError, SchemeError
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, fit, granularities
 from fp8stream.header import Shard
@@ -72,12 +72,13 @@ class LoadResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a model was loaded, and is loaded again."""
+    """How a model was loaded, and is loaded again; `whole` says that the load came to its end."""
 
     scheme: Scheme
     patterns: Patterns
     experts: ExpertOptions
     mapping: Mapping[str, Rule] | None
+    whole: bool = False
 
     def decide(self, checkpoint: Checkpoint) -> Decisions:
         return decide_tensors(checkpoint, self.scheme, self.patterns, self.experts)
@@ -128,6 +129,7 @@ def load_into(
         mapping,
     )
     where = find_devices(device)[0]
+    _check_scheme(model, recipe)
     coming = _open(model, source, recipe)
     fitted = coming.fit(model, recipe)
     if coming.is_known:
@@ -140,6 +142,7 @@ def load_into(
     with PeakMeter() as meter, torch.no_grad():
         become_fp8(model, fitted.quantized)
         ours.apply(model)
+        object.__setattr__(model, _RECIPE, recipe)
         give_storage(model, where)
         sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
         read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
@@ -148,7 +151,7 @@ def load_into(
         meter.sample()
     if missing and strict:
         raise CheckpointError(_not_all(missing))
-    object.__setattr__(model, _RECIPE, recipe)
+    object.__setattr__(model, _RECIPE, replace(recipe, whole=True))
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
@@ -173,7 +176,7 @@ def reload(
     midway.
     """
     recipe = getattr(model, _RECIPE, None)
-    if not isinstance(recipe, _Recipe):
+    if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
     held = _held(model)
     parts = parts_of(model)
@@ -195,7 +198,8 @@ def reload(
             raise ReloadError(f"{error}; {what}", new) from error
         meter.sample()
     old = sorted({*fitted.tensors} - sink.changed | {*coming.missing()})
-    return _result(model, coming, fitted, old, read, meter)
+    stale = f"{_some(old)} did not come, or not whole: they keep their weights"
+    return _result(model, coming, fitted, old, read, meter, [stale] if old else [])
 
 
 def quantize_model(
@@ -365,7 +369,9 @@ class _FromTensors(_Coming):
         super().__init__(model, checkpoint, recipe)
         if self.coded:
             raise CheckpointError("tensors in FP8 are loaded from a directory or a file alone")
-        self._model, self._original = model, original_tensors(model)
+        # Without their storage: a layer's own weight is let go once it is quantized.
+        self._original = _without_storage(original_tensors(model))
+        self._model = model
         self._names = {_where(places): n for n, places in self.placement.by_source.items()}
         self._came: set[str] = set()
 
@@ -432,6 +438,12 @@ class _FromTensors(_Coming):
         return sorted({*super().missing(), *targets})
 
 
+def _without_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on meta, under one name or several as they are."""
+    bare = {id(tensor): tensor.detach().to("meta") for tensor in tensors.values()}
+    return {name: bare[id(tensor)] for name, tensor in tensors.items()}
+
+
 def _where(places: Sequence[Place]) -> frozenset[tuple[str, Region]]:
     """The regions that a tensor fills."""
     return frozenset((place.target, place.region) for place in places)
@@ -455,11 +467,23 @@ def _require(placement: Placement, strict: bool) -> None:
 
 
 def _not_all(missing: Sequence[str]) -> str:
-    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-    return (
-        f"not all of the model comes: missing {', '.join(missing[:10])}{more}; give the rest, or "
-        "strict=False"
-    )
+    return f"not all of the model comes: missing {_some(missing)}; give the rest, or strict=False"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def _check_scheme(model: nn.Module, recipe: _Recipe) -> None:
+    """Raises SchemeError for a model that is FP8 already, and otherwise than `recipe` says."""
+    known = getattr(model, _RECIPE, recipe)
+    if granularities_of(model) and known.scheme != recipe.scheme:
+        before, after = (r.scheme.granularity.value for r in (known, recipe))
+        raise SchemeError(
+            f"scheme {after!r}: the model's weights are {before} already; begin with a new "
+            "skeleton, or give it other weights with fp8stream.reload"
+        )
 
 
 def _result(
@@ -469,10 +493,10 @@ def _result(
     missing: Sequence[str],
     read: int,
     meter: PeakMeter,
-    more: Sequence[str] = (),
+    more_warnings: Sequence[str] = (),
 ) -> LoadResult:
     quantized = tuple(sorted(granularities_of(model)))
-    warnings = [*coming.decided.warnings, *fitted.warnings, *more]
+    warnings = [*coming.decided.warnings, *fitted.warnings, *more_warnings]
     if not quantized:
         warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
     fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp8stream.conversions import wider
 from fp8stream.fitting import Weight
 from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
 from fp8stream.live import Part
@@ -118,6 +119,8 @@ def become_fp8(model: nn.Module, quantized: Mapping[str, Granularity]) -> None:
     for name, granularity in quantized.items():
         module = model.get_submodule(name)
         new: nn.Module
+        if isinstance(module, FP8Linear | FP8Experts):
+            continue
         if isinstance(module, nn.Linear):
             new = FP8Linear.on_meta_like(module, granularity)
         else:
@@ -136,20 +139,28 @@ def storage(like: Tensor, device: torch.device) -> Tensor:
 def give_storage(model: nn.Module, device: torch.device) -> None:
     """Gives whatever of the model lies on meta storage on `device`, ties staying ties.
 
-    Buffers that no checkpoint holds wait for `finish`.
+    Buffers that no checkpoint holds wait for `finish`. Dtypes are those of the skeleton, but for
+    what transformers would keep in float32.
     """
     given: dict[int, Tensor] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, tensor in _own(module):
             if not tensor.is_meta or name in module._non_persistent_buffers_set:
                 continue
             if id(tensor) not in given:
-                new = storage(tensor, device)
+                new = storage(_wide(tensor, model, f"{path}.{name}"), device)
                 if isinstance(tensor, nn.Parameter):
                     grad = tensor.requires_grad and tensor.is_floating_point()
                     new = _parameter_like(tensor, new, grad)
                 given[id(tensor)] = new
             _put(module, name, given[id(tensor)])
+
+
+def _wide(tensor: Tensor, model: nn.Module, name: str) -> Tensor:
+    """A tensor on meta in the dtype that `from_pretrained` would give it."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor
+    return tensor.to(wider(model, tensor.dtype)(name))
 
 
 def _parameter_like(old: nn.Parameter, new: Tensor, requires_grad: bool) -> nn.Parameter:
