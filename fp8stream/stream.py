@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.clock import Clock, Stage
 from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane, running_out_of_memory
-from fp8stream.errors import CheckpointError, WeightError
+from fp8stream.errors import SourceChangedError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
 from fp8stream.memory import Workspace
@@ -249,7 +249,7 @@ class Worker:
         self._in_flight.clear()
         for slab in batch.slabs:
             self._refuse_non_finite(slab.weight)
-        raise CheckpointError(
+        raise SourceChangedError(
             f"{batch.slabs[0].weight.spec.file}: tensor {batch.slabs[0].weight.spec.name!r}: "
             "changed while it was read; let what writes it finish, then run again"
         )

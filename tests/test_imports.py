@@ -32,6 +32,7 @@ HOUSE = [
     "recorder",
     "filling",
     "output",
+    "lock",
     "journal",
     "report",
     "evidence",
@@ -69,6 +70,7 @@ HOUSE = [
     "memory",
     "clock",
     "system",
+    "signals",
     "errors",
     "__init__",
 ]
@@ -97,6 +99,7 @@ PURE = {
     "scheme",
     "coverage",
     "errors",
+    "journal",
 }
 NO_TORCH = PURE | {
     "cli",
@@ -107,6 +110,12 @@ NO_TORCH = PURE | {
     "reader",
     "output",
     "system",
+    "signals",
+    "evidence",
+    "recorder",
+    "filling",
+    "lock",
+    "clock",
     "__init__",
 }
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fp8stream
-from fp8stream import online, skeleton
+from fp8stream import device, online, skeleton
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
 from fp8stream.linear import FP8Experts, FP8Linear
 from fp8stream.mapping import Part, model_tensors
@@ -541,7 +541,7 @@ def test_nothing_of_a_load_is_held(
     saved: Saved, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[weakref.ref[Any]] = []
-    opened = online.open_lane
+    opened = device.open_lane
 
     def open_lane(*arguments: Any) -> Any:
         lane = opened(*arguments)
