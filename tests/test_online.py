@@ -290,7 +290,8 @@ def test_every_tensor_is_that_of_a_full_load_quantized(
     full = saved.full(kind)
     assert differing(model, quantized(full, scheme)) == []
     assert set(result.quantized) == chosen(full, scheme).keys()
-    assert not result.missing and not result.unexpected
+    assert not result.missing
+    assert not result.unexpected
     assert any("nothing was quantized" in text for text in result.warnings) == (kind == "gpt2")
     assert not any(tensor.is_meta for tensor in everything(model).values())
 
@@ -313,7 +314,8 @@ def test_the_order_of_an_iterable_changes_nothing(saved: Saved, kind: str, schem
         items = shuffled(tensors, seed)
         result = online.load_into(model, items if seed % 2 else iter(items), scheme=scheme)
         assert differing(model, expected) == []
-        assert not result.missing and not result.unexpected
+        assert not result.missing
+        assert not result.unexpected
 
 
 @schemes
@@ -411,7 +413,8 @@ def test_a_reload_is_a_fresh_load_in_the_same_storage(saved: Saved, kind: str, s
             source = iter(shuffled(saved.tensors(kind, 1), 3))
         result = online.reload(model, source)
         assert differing(model, quantized(saved.full(kind, 1), scheme)) == []
-        assert not result.missing and not result.unexpected
+        assert not result.missing
+        assert not result.unexpected
         assert pointers(model) == before
         online.reload(model, saved.directory(kind))
         assert differing(model, quantized(saved.full(kind), scheme)) == []
@@ -508,7 +511,7 @@ def test_a_reload_whose_worker_fails_leaves_whole_units(
 
     monkeypatch.setattr(Worker, "convert", failing)
     seen = set()
-    for fails_at in range(1, 200):
+    for fails_at in range(1, 200):  # noqa: B007, read by `failing`
         count = 0
         try:
             online.reload(model, saved.directory(kind, 1), memory_budget="1MiB")
