@@ -36,6 +36,7 @@ from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
     become_fp8,
+    check_model,
     find_weights,
     finish,
     give_storage,
@@ -129,6 +130,7 @@ def load_into(
         mapping,
     )
     where = find_devices(device)[0]
+    check_model(model)
     _check_scheme(model, recipe)
     coming = _open(model, source, recipe)
     fitted = coming.fit(model, recipe)
@@ -139,12 +141,13 @@ def load_into(
         group = Group(tp_rank, tp_size)
         ours = spread(model, fitted.quantized, coming.placement.ties, group, tp_plan)
     fitted = trimmed(fitted, ours.parts)
-    with PeakMeter() as meter, torch.no_grad():
-        become_fp8(model, fitted.quantized)
+    # What is made on the way lies on the host, whatever device the caller is in the context of.
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
+        become_fp8(model, fitted.quantized, coming.placement.ties)
         ours.apply(model)
         object.__setattr__(model, _RECIPE, recipe)
-        give_storage(model, where)
-        sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
+        give_storage(model, where, spoil=not strict)
+        sink = ModelSink(_held(model), fitted.copied, coming.specs)
         read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
         read -= sink.passed_over
         missing = [*coming.missing(), *finish(model, coming.placement, where)]
@@ -178,6 +181,7 @@ def reload(
     recipe = getattr(model, _RECIPE, None)
     if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
+    check_model(model)
     held = _held(model)
     parts = parts_of(model)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
@@ -187,8 +191,8 @@ def reload(
     if partial and strict and coming.is_known:
         raise CheckpointError(_not_all(partial))
     units = {name: unit for unit, names in fitted.tensors.items() for name in names}
-    sink = ModelSink(held, coming.placement.by_source, coming.specs, fitted.units, units)
-    with PeakMeter() as meter, torch.no_grad():
+    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, units)
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         try:
             read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
             read -= sink.passed_over
@@ -214,6 +218,8 @@ def quantize_model(
 
     A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does.
     """
+    if granularities_of(model):
+        raise CheckpointError("quantize_model: the model is FP8 already; fp8stream.reload loads it")
     device = next((tensor.device for tensor in stored_tensors(model).values()), torch.device("cpu"))
     return load_into(
         model,

@@ -431,7 +431,8 @@ def test_reloads_leave_memory_where_it_was(saved: Saved, tmp_path: Path) -> None
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     model = on_meta(tmp_path, "llama")
     online.load_into(model, tmp_path)
-    online.reload(model, tmp_path)
+    for _ in range(2):  # after which the C library has what it keeps
+        online.reload(model, tmp_path)
     gc.collect()
     before = MemoryUsage.now().anonymous
     size = sum(tensor.nbytes for tensor in everything(model).values())
@@ -441,7 +442,8 @@ def test_reloads_leave_memory_where_it_was(saved: Saved, tmp_path: Path) -> None
         # A unit is 4 MiB at most, and there are some workers with 8 MiB of buffers each.
         assert result.peak_bytes < 32 * MIB
     gc.collect()
-    assert MemoryUsage.now().anonymous - before < 2 * MIB
+    # Three units that were held would be more.
+    assert MemoryUsage.now().anonymous - before < 8 * MIB
 
 
 def units(model: nn.Module, saved: Saved, kind: str) -> dict[str, frozenset[str]]:
@@ -509,22 +511,26 @@ def test_a_reload_whose_worker_fails_leaves_whole_units(
         if count == fails_at:
             raise OSError("no more")
 
-    monkeypatch.setattr(Worker, "convert", failing)
-    seen = set()
-    for fails_at in range(1, 200):  # noqa: B007, read by `failing`
-        count = 0
+    def reload() -> ReloadError | None:
         try:
             online.reload(model, saved.directory(kind, 1), memory_budget="1MiB")
         except ReloadError as error:
-            changed = old_or_new(model, groups, old, new)
-            assert changed == set(error.new)
-            seen.add(len(changed))
-            monkeypatch.setattr(Worker, "convert", convert)
-            online.reload(model, saved.directory(kind))
-            monkeypatch.setattr(Worker, "convert", failing)
-            continue
-        break
-    assert fails_at > 10
+            return error
+        return None
+
+    seen = set()
+    for fails_at in range(1, 200):  # noqa: B007, read by `failing`
+        count = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "convert", failing)
+            error = reload()
+        if error is None:
+            break
+        changed = old_or_new(model, groups, old, new)
+        assert changed == set(error.new)
+        seen.add(len(changed))
+        online.reload(model, saved.directory(kind))
+    assert count > 10
     assert len(seen) > 5
 
 
