@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Measures what loading a checkpoint into a live model takes, from outside.
 
 A process of its own loads; this one reads its /proc/PID/status every few milliseconds. What counts

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Loads a 16-bit checkpoint as a live FP8 model, and lets it go on with a prompt.
 
 No 16-bit model exists at any time: layers are quantized as they are read. The completion is printed
