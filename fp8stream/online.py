@@ -7,7 +7,7 @@ unit, so that whoever holds on to their storage, as a captured graph does, sees 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
 from fp8stream.coded import copy_layer, find_coded, is_of_activations, parted
-from fp8stream.device import find_devices, open_lane, running_out_of_memory
+from fp8stream.device import TORCH_DTYPES, find_devices, open_lane, running_out_of_memory
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, fit, granularities
@@ -390,14 +390,16 @@ class _FromTensors(_Coming):
         progress: Progress,
     ) -> int:
         held, read = HeldTensors(), 0
+        quantized = {w.spec.name for layer in fitted.layers for w in layer.weights}
         waiting = Waiting(fitted.layers, self.placement.composed)
         space = plan_workspace(waiting.demand(), budget, 1, int(device.type == "cuda"))
-        with running_out_of_memory(), torch.inference_mode():
-            lane = open_lane(space, device)
+        with running_out_of_memory():
+            with torch.inference_mode():
+                lane = open_lane(space, device)
             with Worker(lane, space.slab_bytes, held, sink, Clock(), Event()) as worker:
                 for given, tensor in self._source:
                     name = self._known(given, tensor)
-                    if not self._take(name, tensor):
+                    if not self._take(name, tensor, quantized):
                         continue
                     if not waiting.is_for(name):
                         continue  # of experts that other ranks have
@@ -405,7 +407,11 @@ class _FromTensors(_Coming):
                     read += self.specs[name].nbytes
                     layers, composed = waiting.ready(name)
                     for layer in layers:
-                        for done in worker.work(Task((with_specs(layer, self.specs),))):
+                        task = Task((with_specs(layer, self.specs),))
+                        # The source's own tensors are none of inference mode's.
+                        with torch.inference_mode():
+                            finished = list(worker.work(task))
+                        for done in finished:
                             progress(done)
                     for each in composed:
                         sink.put(each.convert(held.tensors))
@@ -420,7 +426,7 @@ class _FromTensors(_Coming):
         found = find_places(self._model, shapes, None, self._original).by_source.get(name, ())
         return self._names.get(_where(found), name) if found else name
 
-    def _take(self, name: str, tensor: Tensor) -> bool:
+    def _take(self, name: str, tensor: Tensor, quantized: Container[str]) -> bool:
         """Whether anything waits for the tensor. Raises CheckpointError for one that is wrong."""
         if name not in self.specs:
             self.unexpected.append(name)
@@ -434,6 +440,11 @@ class _FromTensors(_Coming):
             )
         self._came.add(name)
         self.specs[name] = spec_of(name, tensor)
+        if name in quantized and self.specs[name].dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r}: expected a weight in {', '.join(TORCH_DTYPES)}, found "
+                f"{self.specs[name].dtype}; cast it, or keep the layer with ignore"
+            )
         return bool(self.placement.by_source.get(name)) or any(
             name in composed.sources for composed in self.placement.composed
         )
@@ -502,7 +513,7 @@ def _result(
     more_warnings: Sequence[str] = (),
 ) -> LoadResult:
     quantized = tuple(sorted(granularities_of(model)))
-    warnings = [*coming.decided.warnings, *fitted.warnings, *more_warnings]
+    warnings = [*coming.decided.warnings, *fitted.warnings, *more_warnings, *_useless(coming)]
     if not quantized:
         warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
     fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}
@@ -515,6 +526,17 @@ def _result(
         read,
         meter.peak.anonymous - meter.baseline.anonymous,
     )
+
+
+def _useless(coming: _Coming) -> Iterator[str]:
+    """What was given and is of no use."""
+    placement = coming.placement
+    if placement.unused:
+        yield f"mapping: {_some(placement.unused)} matches no name of the source"
+    if placement.leftover:
+        yield f"mapping: {_some([str(gap) for gap in placement.leftover])} goes nowhere"
+    if placement.stranded:
+        yield f"{_some(placement.stranded)}: of no use without others that did not come"
 
 
 def _bytes(budget: str | int) -> int:

@@ -206,6 +206,21 @@ def test_case_02_composed_loaders(tmp_path: Path) -> None:
     assert all_there(other, tensors, LINEARS)
 
 
+def test_case_02_rules_that_do_nothing_are_told(tmp_path: Path) -> None:
+    """A mapping that matches nothing, or sends part of a tensor nowhere, is a warning."""
+    net = on_meta(lambda: Block(bias=False))
+    tensors = weights_of(net)
+    long = {**tensors, "layers.0.up.weight": random(WIDE + 8, HIDDEN)}
+    rules: dict[str, Rule] = {
+        "layers.0.up.weight": Part("layers.0.up.weight", source_index=slice(0, WIDE)),
+        "layers.7.up.weight": None,
+    }
+    result = online.load_into(net, directory(tmp_path, long), mapping=rules)
+    assert "mapping: layers.7.up.weight matches no name of the source" in result.warnings
+    assert "mapping: layers.0.up.weight[256:264, 0:128] goes nowhere" in result.warnings
+    assert is_fp8(net, "layers.0.up", long["layers.0.up.weight"][:WIDE])
+
+
 def test_case_03_scalar_parameters(tmp_path: Path) -> None:
     """A parameter of no axes (`k_scale`) was never counted, and its layer never finished."""
 
@@ -738,6 +753,41 @@ def test_case_23_tensors_without_values() -> None:
     items = [(n, torch.empty_like(t, device="meta")) for n, t in weights_of(net).items()]
     with pytest.raises(CheckpointError, match="lies on meta"):
         online.load_into(net, items)
+
+
+def test_case_23_a_generator_makes_tensors_of_its_own() -> None:
+    """What a source makes while it is asked can be trained afterwards: it is not of inference
+    mode, in which layers are worked on."""
+    made: list[Tensor] = []
+
+    def source() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights_of(on_meta()).items():
+            made.append(tensor.float())
+            yield name, made[-1]
+
+    online.load_into(on_meta(), source())
+    assert not any(tensor.is_inference() for tensor in made)
+
+
+@pytest.mark.parametrize("given", ["files", "list", "iterator"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.bool])
+def test_case_25_dtypes_that_are_not_quantized(
+    tmp_path: Path, given: str, dtype: torch.dtype
+) -> None:
+    """A weight in a dtype that has no way to FP8 is an error that names it, or stays as it is."""
+    net = on_meta()
+    tensors = weights_of(net)
+    tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].to(dtype)
+    items = list(tensors.items())
+    source: Any = {"files": directory(tmp_path, tensors), "list": items, "iterator": iter(items)}
+    if given == "iterator":
+        with pytest.raises(CheckpointError, match=r"layers\.0\.up\.weight"):
+            online.load_into(net, source[given])
+        return
+    online.load_into(net, source[given])
+    wide = tensors["layers.0.up.weight"].to(torch.bfloat16)
+    assert same(tensor_at(net, "layers.0.up.weight"), wide)
+    assert all_there(net, {n: t for n, t in tensors.items() if "0.up.weight" not in n}, LINEARS)
 
 
 def test_case_24_loading_again(tmp_path: Path) -> None:
