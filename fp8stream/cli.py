@@ -350,6 +350,7 @@ def quantize(
     directory = OutputDirectory(target, now(), overwrite, restart)
     with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
+        process.signals.check()  # torch was imported
         _warn(plan.warnings)
         job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
         there = directory.in_place
