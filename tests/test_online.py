@@ -29,7 +29,7 @@ from tests import oracle
 from tests.oracle import same
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 SCHEMES = ["channel", "block", "tensor"]
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
