@@ -117,8 +117,9 @@ def load_into(
 
     Of `tp_size` ranks, `tp_rank` gets its part of the model, to the bit what it is of the whole:
     scales are those of whole rows and sets, for which it asks no other rank. `tp_plan` says what is
-    cut how, in transformers' words, by names in which `*` stands for a number or a name; by default
-    it is the model's own. A forward takes all ranks, as processes of torch.distributed.
+    cut how, in transformers' words, by names in which `*` stands for a number or a name, and `*.`
+    at the beginning for any path; by default it is the model's own. A forward takes all ranks, as
+    processes of torch.distributed.
 
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
     WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.

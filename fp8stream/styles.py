@@ -1,8 +1,9 @@
 """Which parts of a model each rank of tensor parallelism has: a plan's words, and what they cut.
 
 The words are those of transformers' plans, by names of modules and parameters in which `*` stands
-for a number or a name. Sides must fall into equal parts, and a block of 128, or an attention head,
-must lie in one rank: what the plan cuts is known before anything of the model is touched. Pure.
+for a number or a name, and `*.` at the beginning for any path. Sides must fall into equal parts,
+and a block of 128, or an attention head, must lie in one rank: what the plan cuts is known before
+anything of the model is touched. Pure.
 """
 
 import re
@@ -82,7 +83,8 @@ def unused(plan: Mapping[str, str], names: Sequence[str]) -> list[str]:
 
 
 def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(r"[^.]+".join(map(re.escape, name.split("*"))))
+    path = r"(.+\.)?" if name.startswith("*.") else ""
+    return re.compile(path + r"[^.]+".join(map(re.escape, name.removeprefix("*.").split("*"))))
 
 
 @dataclass(frozen=True)
