@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ class Sink(Protocol):
 
     def finished(self, layer: int) -> None:
         """Everything of the layer with this number came."""
+
+
+@runtime_checkable
+class RunsSink(Protocol):
+    """A sink that takes many runs of a tensor at once, as rows that alternate with others."""
+
+    def write_runs(self, name: str, runs: Runs, data: memoryview) -> None:
+        """Takes `data` for the runs of elements of the tensor `name`, one after another."""
 
 
 def stream_layers(
@@ -233,6 +241,9 @@ class Worker:
 
     def _write_runs(self, name: str, runs: Runs, data: memoryview, itemsize: int) -> None:
         """Writes `data` to the runs of elements of output tensor `name`, one after another."""
+        if runs.count > 1 and isinstance(self._sink, RunsSink):
+            self._sink.write_runs(name, runs, data)
+            return
         size = runs.length * itemsize
         for run in range(runs.count):
             at = (runs.first + run * runs.step) * itemsize

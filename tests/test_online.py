@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fp8stream
-from fp8stream import device, online, skeleton
+from fp8stream import device, live, online, skeleton
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
 from fp8stream.linear import FP8Experts, FP8Linear
 from fp8stream.mapping import Part, model_tensors
 from fp8stream.memory import MIB, MemoryUsage
 from fp8stream.scheme import Granularity
 from fp8stream.stream import Worker
+from fp8stream.views import Runs
 from tests import oracle
 from tests.oracle import same
 
@@ -341,6 +342,23 @@ def test_an_iterator_and_a_model_that_has_its_weights_give_the_same(
     result = online.quantize_model(there, scheme=scheme)
     assert differing(there, expected) == []
     assert set(result.quantized) == chosen(saved.full(kind), scheme).keys()
+
+
+def test_rows_in_turns_are_written_at_once_and_only_once() -> None:
+    """A rank that holds some rows gets those; a run that comes again is refused."""
+    every, mine = (torch.zeros(n, 4, dtype=torch.float8_e4m3fn) for n in (6, 3))
+    codes = torch.arange(1, 25, dtype=torch.uint8).view(6, 4)
+    some = live.Part((6, 4), (range(1, 4), range(4)))
+    for tensor, part in ((every, live.Part.whole((6, 4))), (mine, some)):
+        sink = live.ModelSink({"w": live.Held(tensor, part)}, {}, {})
+        for turn in (0, 1):
+            runs = Runs(turn * 4, 4, 8, 3)
+            data = memoryview(bytearray(codes[turn::2].contiguous().numpy().tobytes()))
+            sink.write_runs("w", runs, data)
+            with pytest.raises(CheckpointError, match="came before"):
+                sink.write_runs("w", runs, data)
+    assert torch.equal(every.view(torch.uint8), codes)
+    assert torch.equal(mine.view(torch.uint8), codes[1:4])
 
 
 # What it computes
