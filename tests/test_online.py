@@ -344,7 +344,7 @@ def test_an_iterator_and_a_model_that_has_its_weights_give_the_same(
     assert set(result.quantized) == chosen(saved.full(kind), scheme).keys()
 
 
-def test_rows_in_turns_are_written_at_once_and_only_once() -> None:
+    some = live.Part((6, 4), (3, 4), (6, 4), (range(1, 4), range(4)))
     """A rank that holds some rows gets those; a run that comes again is refused."""
     every, mine = (torch.zeros(n, 4, dtype=torch.float8_e4m3fn) for n in (6, 3))
     codes = torch.arange(1, 25, dtype=torch.uint8).view(6, 4)
