@@ -10,7 +10,8 @@
     │   └── DeviceMemoryError   smaller buffers may do
     ├── ThreadError       the system lets no more threads start
     ├── OutputError       the output cannot be written where it was asked for
-    └── VerifyError       an output is not what its source makes
+    ├── VerifyError       an output is not what its source makes
+    └── ReloadError       a reload stopped midway, and which layers are new
 
 A message is one line: what is wrong, where (file, tensor), what was expected and found, and what to
 do next. `cli.main` is the one place that turns these into an exit code.
@@ -69,3 +70,11 @@ class OutputError(Fp8StreamError):
 
 class VerifyError(Fp8StreamError):
     """An output is not what its source makes."""
+
+
+class ReloadError(Fp8StreamError):
+    """A reload stopped midway: modules in `new` have new weights, all others their old ones."""
+
+    def __init__(self, message: str, new: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.new = new

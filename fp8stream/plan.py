@@ -357,6 +357,42 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class Decisions:
+    """What becomes of every tensor, in the plan's order, and by kinds; `tied` says that the output
+    head is in no file."""
+
+    scheme: Scheme
+    tensors: tuple[TensorPlan, ...]
+    kinds: tuple[Kind, ...]
+    tied: bool
+    warnings: tuple[str, ...]
+
+
+def decide_tensors(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    patterns: Patterns,
+    experts: ExpertOptions = AS_KNOWN,
+) -> Decisions:
+    """What is quantized, and how. Reads nothing.
+
+    Raises SchemeError for a pattern that matches nothing, CheckpointError where config.json
+    contradicts the shapes of experts.
+    """
+    config = Config(checkpoint.config)
+    ordered = in_order(checkpoint.tensors)
+    classified = keep_unquantized(classify(ordered, config), config)
+    warnings = list(checkpoint.warnings)
+    tied = is_tied(classified, config)
+    kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
+    place = {named.tensor.name: at for at, named in enumerate(ordered)}
+    kinds = tuple(sorted(kinds, key=lambda kind: place[kind.first.name]))
+    treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
+    tensors = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
+    return Decisions(scheme, tensors, kinds, tied, tuple(warnings))
+
+
 def plan_quantization(
     checkpoint: Checkpoint,
     scheme: Scheme,
@@ -366,31 +402,23 @@ def plan_quantization(
 ) -> Plan:
     """Plans the conversion of `checkpoint`. Reads nothing.
 
-    Raises SchemeError for a pattern that matches nothing and for what the format cannot say,
-    CheckpointError where config.json contradicts the shapes of experts, BudgetError for a budget
-    that is too small.
+    Raises what `decide_tensors` does, SchemeError for what the format cannot say, BudgetError for a
+    budget that is too small.
     """
-    config = Config(checkpoint.config)
-    ordered = in_order(checkpoint.tensors)
-    classified = keep_unquantized(classify(ordered, config), config)
-    warnings = list(checkpoint.warnings)
-    tied = is_tied(classified, config)
-    kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
-    warnings += advise(kinds, scheme, config, checkpoint, resources.max_shard_size)
-    place = {named.tensor.name: at for at, named in enumerate(ordered)}
-    kinds = tuple(sorted(kinds, key=lambda kind: place[kind.first.name]))
-    treated = {spec.name: kind.treatment for kind in kinds for spec in kind.members}
-    tensors = tuple(TensorPlan(n.tensor, treated[n.tensor.name]) for n in ordered)
+    decided = decide_tensors(checkpoint, scheme, patterns, experts)
+    config, tensors, kinds = Config(checkpoint.config), decided.tensors, decided.kinds
+    advice = advise(kinds, scheme, config, checkpoint, resources.max_shard_size)
+    declared = declare(scheme, modules_of(tensors, decided.tied))
     return Plan(
         scheme,
         tensors,
         kinds,
         pack(_modules_of(tensors), resources.max_shard_size, _METADATA),
-        {**checkpoint.config, "quantization_config": declare(scheme, modules_of(tensors, tied))},
+        {**checkpoint.config, "quantization_config": declared},
         _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
-        tied,
-        tuple(warnings),
+        decided.tied,
+        (*decided.warnings, *advice),
     )
 
 

@@ -8,11 +8,12 @@ file that is not the one whose header was read is refused when it is opened.
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import groupby
 from mmap import PAGESIZE
 from operator import itemgetter
 from pathlib import Path
+from typing import Protocol
 
 from fp8stream.errors import CheckpointError, SourceChangedError
 from fp8stream.header import Shard, TensorSpec, reading
@@ -21,6 +22,16 @@ from fp8stream.views import Runs
 
 # Whether pages were in memory before is asked and kept for so many bytes of a file together.
 _WINDOW = 1 << 20
+
+
+class Shards(Protocol):
+    """What opens the shards of a checkpoint, wherever they lie."""
+
+    def open(self, file: str) -> "AbstractContextManager[ShardReader]":
+        """The shard `file`. Raises CheckpointError."""
+
+    def give_back(self) -> None:
+        """Called when all is read."""
 
 
 class Reader:

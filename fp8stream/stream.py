@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane, runn
 from fp8stream.errors import SourceChangedError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
+from fp8stream.memory import Workspace
 from fp8stream.plan import Batch, LayerPlan, Plan, Slab, Task, TensorPlan
-from fp8stream.reader import Reader
+from fp8stream.reader import Reader, ShardReader, Shards
 from fp8stream.scheme import Granularity
 from fp8stream.views import Runs
 from fp8stream.weights import WeightPlan
 from fp8stream.work import OpenShard, Stopped, run_workers
-from fp8stream.writer import CheckpointWriter
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,57 @@ class LayerDone:
     bytes_written: int
 
 
+class Sink(Protocol):
+    """Where codes, scales and kept tensors go. Its methods are called from several threads."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Takes `data` for byte `offset` of the tensor `name`, before it returns."""
+
+    def copy(
+        self, name: str, offset: int, length: int, source: ShardReader, at: int, buffer: memoryview
+    ) -> int:
+        """Takes up to `length` bytes of the tensor `name`, from byte `at` of `source`: how many."""
+
+    def finished(self, layer: int) -> None:
+        """Everything of the layer with this number came."""
+
+
+@runtime_checkable
+class RunsSink(Protocol):
+    """A sink that takes many runs of a tensor at once, as rows that alternate with others."""
+
+    def write_runs(self, name: str, runs: Runs, data: memoryview) -> None:
+        """Takes `data` for the runs of elements of the tensor `name`, one after another."""
+
+
 def stream_layers(
     checkpoint: Checkpoint,
     plan: Plan,
-    writer: CheckpointWriter,
+    sink: Sink,
     devices: Sequence[torch.device],
     clock: Clock | None = None,
     tasks: Iterable[Task] | None = None,
 ) -> Generator[LayerDone, None, None]:
-    """Converts the layers of `tasks`, by default all of `plan`, and yields an event as each is
-    done, in no fixed order.
+    """Converts the layers of `tasks`, by default all of `plan`, as `stream_tasks` does."""
+    reader = Reader(checkpoint.directory, checkpoint.shards)
+    queued = plan.tasks() if tasks is None else tasks
+    return stream_tasks(queued, plan.workspace, reader, sink, devices, clock)
+
+
+def stream_tasks(
+    tasks: Iterable[Task],
+    workspace: Workspace,
+    reader: Shards,
+    sink: Sink,
+    devices: Sequence[torch.device],
+    clock: Clock | None = None,
+) -> Generator[LayerDone, None, None]:
+    """Converts the layers of `tasks`, and yields an event as each is done, in no fixed order.
 
     Workers are dealt to `devices` in turn, and whoever is free takes the next layers. `clock`
-    counts where the time goes. The caller commits the writer when the iteration ends. Raises the
-    first error of any worker; closing the iterator stops the workers at the end of their slab.
+    counts where the time goes. Raises the first error of any worker; closing the iterator stops the
+    workers at the end of their slab.
     """
-    reader = Reader(checkpoint.directory, checkpoint.shards)
     clock = clock or Clock()
 
     @contextmanager
@@ -62,13 +98,12 @@ def stream_layers(
         number: int, stop: threading.Event
     ) -> Iterator[Callable[[Task], Iterator[LayerDone]]]:
         with running_out_of_memory(), torch.inference_mode():
-            lane = open_lane(plan.workspace, devices[number % len(devices)])
-            with Worker(lane, plan, reader, writer, clock, stop) as worker:
+            lane = open_lane(workspace, devices[number % len(devices)])
+            with Worker(lane, workspace.slab_bytes, reader, sink, clock, stop) as worker:
                 yield worker.work
 
     try:
-        queued = plan.tasks() if tasks is None else tasks
-        yield from run_workers(queued, plan.workspace.workers, open_worker)
+        yield from run_workers(tasks, workspace.workers, open_worker)
     finally:
         reader.give_back()
 
@@ -79,15 +114,15 @@ class Worker:
     def __init__(
         self,
         lane: Lane,
-        plan: Plan,
-        reader: Reader,
-        writer: CheckpointWriter,
+        slab_bytes: int,
+        reader: Shards,
+        sink: Sink,
         clock: Clock,
         stop: threading.Event,
     ) -> None:
         self._lane = lane
-        self._slab_bytes = plan.workspace.slab_bytes
-        self._writer = writer
+        self._slab_bytes = slab_bytes
+        self._sink = sink
         self._clock = clock
         self._stop = stop
         self._source = OpenShard(reader)
@@ -103,7 +138,7 @@ class Worker:
         """Converts `task`, and says so of each of its layers."""
         self.convert(task)
         for layer in task.layers:
-            self._writer.finished(layer.number)
+            self._sink.finished(layer.number)
             read = layer.bytes_read(self._slab_bytes)
             yield LayerDone(layer.name, read, layer.bytes_written)
 
@@ -121,7 +156,7 @@ class Worker:
             shard = self._source.open(spec.file)
             left, buffer = spec.nbytes - done, self._lane.take().source_bytes
             with self._clock.measure(Stage.COPY):
-                done += self._writer.copy(spec.name, done, left, shard, spec.offset + done, buffer)
+                done += self._sink.copy(spec.name, done, left, shard, spec.offset + done, buffer)
 
     def _quantize(self, task: Task) -> None:
         """Materializes, quantizes, writes and releases the weights, slab by slab."""
@@ -206,10 +241,13 @@ class Worker:
 
     def _write_runs(self, name: str, runs: Runs, data: memoryview, itemsize: int) -> None:
         """Writes `data` to the runs of elements of output tensor `name`, one after another."""
+        if runs.count > 1 and isinstance(self._sink, RunsSink):
+            self._sink.write_runs(name, runs, data)
+            return
         size = runs.length * itemsize
         for run in range(runs.count):
             at = (runs.first + run * runs.step) * itemsize
-            self._writer.write(name, at, data[run * size : (run + 1) * size])
+            self._sink.write(name, at, data[run * size : (run + 1) * size])
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

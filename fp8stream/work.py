@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import TypeVar
 
 from fp8stream.plan import Batch
-from fp8stream.reader import Reader, ShardReader
+from fp8stream.reader import ShardReader, Shards
 from fp8stream.system import start_thread
 
 Task = TypeVar("Task")
@@ -92,7 +92,7 @@ def _until_done(
 class OpenShard:
     """The shard of a checkpoint that a worker reads from, open until it asks for another one."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Shards) -> None:
         self._reader = reader
         self._shards = ExitStack()
         self._shard: ShardReader | None = None

@@ -112,6 +112,11 @@ def convert(source: Path, output: Path, plan: Plan) -> int:
     return len(done)
 
 
+def _writer(worker: stream.Worker) -> CheckpointWriter:
+    assert isinstance(worker._sink, CheckpointWriter)
+    return worker._sink
+
+
 @contextmanager
 def killed_after(tasks: int) -> Iterator[None]:
     """Ends a run within as soon as so many tasks are done, and on record."""
@@ -121,7 +126,7 @@ def killed_after(tasks: int) -> Iterator[None]:
         nonlocal begun
         begun += 1
         if begun > tasks:
-            self._writer._recorder.flush()
+            _writer(self)._recorder.flush()
             raise Killed
         Convert(self, task)
 
@@ -278,7 +283,7 @@ def test_what_the_same_command_cannot_cure_is_said_to_need_a_new_run(
 
     def convert(self: stream.Worker, task: Task) -> None:
         if "layers.5.mlp.down" in task.layers[0].name:
-            self._writer._recorder.flush()
+            _writer(self)._recorder.flush()
             if what == "changed":
                 touch(source)
         Convert(self, task)
@@ -924,7 +929,7 @@ def test_what_is_told_at_the_end_counts_what_was_done_with_larger_buffers(
 
     def convert(self: stream.Worker, task: Task) -> None:
         if len(names) == 5:
-            self._writer._recorder.flush()
+            _writer(self)._recorder.flush()
             names.append("failed")
             time.sleep(0.3)
             raise DeviceMemoryError("out of memory")

@@ -1,0 +1,85 @@
+"""Tensors in memory, read as if they were files: a layer does not know where its weights lie.
+
+A name is a file of one tensor, which begins at its first byte.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fp8stream.device import TORCH_DTYPES, bytes_of
+from fp8stream.errors import CheckpointError
+from fp8stream.header import TensorSpec
+from fp8stream.live import OTHER_DTYPES, dtype_of
+from fp8stream.reader import ShardReader, Shards
+
+NAMES = {dtype: name for name, dtype in {**OTHER_DTYPES, **TORCH_DTYPES}.items()}
+
+
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """How the tensor would stand in a checkpoint. Raises CheckpointError for an unknown dtype."""
+    return spec_like(name, tensor.dtype, tensor.shape)
+
+
+def spec_like(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
+    """How a tensor of `dtype` and `shape` would stand in a checkpoint."""
+    if dtype not in NAMES:
+        raise CheckpointError(f"tensor {name!r}: {dtype} is not a dtype of a checkpoint")
+    size = math.prod(shape) * dtype.itemsize
+    return TensorSpec(name, NAMES[dtype], tuple(shape), name, 0, size)
+
+
+class HeldTensors:
+    """Tensors by name, on the host and contiguous; a reader of them. Thread-safe to read."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def hold(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor in, wherever it lies and however it is strided.
+
+        Raises CheckpointError for one without values.
+        """
+        if tensor.is_meta:
+            raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
+        self.tensors[name] = tensor.detach().cpu().contiguous()
+
+    def read(self, spec: TensorSpec, reader: Shards) -> None:
+        """Takes in a tensor from elsewhere, whole."""
+        tensor = torch.empty(spec.shape, dtype=dtype_of(spec))
+        with reader.open(spec.file) as shard:
+            shard.read_into(bytes_of(tensor), spec.offset, spec.name)
+        self.tensors[spec.name] = tensor
+
+    def release(self, names: Iterable[str]) -> None:
+        """Lets go of tensors."""
+        for name in names:
+            self.tensors.pop(name, None)
+
+    @contextmanager
+    def open(self, file: str) -> Iterator[ShardReader]:
+        """The tensor called `file`."""
+        yield _HeldTensor(file, self.tensors[file])
+
+    def give_back(self) -> None:
+        """Memory has no pages to give back."""
+
+
+class _HeldTensor(ShardReader):
+    """One tensor as an open file."""
+
+    def __init__(self, name: str, tensor: Tensor) -> None:
+        super().__init__(-1, Path(name), name, b"")
+        self._tensor = tensor
+        self._bytes = bytes_of(tensor)
+
+    def read_into(self, buffer: memoryview, offset: int, name: str) -> None:
+        """Fills `buffer` from byte `offset` of the tensor."""
+        buffer[:] = self._bytes[offset : offset + len(buffer)]
+
+    def give_back(self, offset: int, length: int) -> None:
+        """Nothing to give back."""

@@ -1,0 +1,244 @@
+"""A live FP8 model as the checkpoint that the converter would have written of its source.
+
+The model is planned once more, as the 16-bit checkpoint that it would be saved as, and then every
+planned row of codes and every scale is taken from where it lies in the model.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fp8stream.checkpoint import Checkpoint
+from fp8stream.conversions import Saved
+from fp8stream.device import bytes_of
+from fp8stream.errors import SchemeError
+from fp8stream.fitting import Weight
+from fp8stream.header import Shard
+from fp8stream.held import spec_like
+from fp8stream.mapping import checkpoint_names
+from fp8stream.memory import parse_size
+from fp8stream.output import OutputDirectory
+from fp8stream.places import Place, strides
+from fp8stream.plan import Plan, Resources, plan_quantization
+from fp8stream.policy import Patterns
+from fp8stream.scheme import BLOCK, Granularity, Scheme
+from fp8stream.skeleton import (
+    find_weights,
+    granularities_of,
+    original_tensors,
+    parts_of,
+    stored_tensors,
+)
+from fp8stream.weights import WeightPlan
+from fp8stream.writer import CheckpointWriter
+
+
+def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int = "5GB") -> None:
+    """Writes a model that `load_into` or `quantize_model` made as a compressed-tensors checkpoint.
+
+    Names are those under which the source would be saved, ties come once; `directory` is new or
+    empty, and there when it is whole. Tokenizers and the like are not the model's to write.
+
+    Raises OutputError; SchemeError for a model that is not in FP8, or whose experts no engine would
+    load in it.
+    """
+    if parts_of(model):
+        raise SchemeError("save: the model is spread over ranks; save one that is loaded whole")
+    stored = _Stored.of(model)
+    size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    plan = _plan(model, stored, size)
+    target = Path(os.path.realpath(directory))
+    with (
+        OutputDirectory(target, {}, restart=True) as output,
+        CheckpointWriter(output, plan.files) as writer,
+        torch.no_grad(),
+    ):
+        for layer in plan.layers:
+            for weight in layer.weights:
+                _write_weight(writer, weight, stored)
+            for tensor in layer.kept:
+                kept = stored.kept(stored.saved[tensor.spec.name])
+                writer.write(tensor.spec.name, 0, bytes_of(kept))
+        writer.commit(plan.config)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the model holds, and as what each tensor of a checkpoint is made of it."""
+
+    tensors: Mapping[str, Tensor]
+    saved: Mapping[str, Saved]
+    weights: Mapping[str, Weight]
+    granularities: Mapping[str, Granularity]
+
+    @staticmethod
+    def of(model: nn.Module) -> "_Stored":
+        granularities = granularities_of(model)
+        weights = {w.target: w for w in find_weights(model) if w.module in granularities}
+        saved = checkpoint_names(model, original_tensors(model))
+        tensors = stored_tensors(model)
+        return _Stored(tensors, {each.name: each for each in saved}, weights, granularities)
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is FP8 in the model."""
+        return any(place.source in self.weights for place in self.saved[name].places)
+
+    def granularity(self, name: str) -> Granularity | None:
+        """How a tensor of the checkpoint is quantized in the model."""
+        weights = (self.weights.get(place.source) for place in self.saved[name].places)
+        return next((self.granularities[w.module] for w in weights if w), None)
+
+    def kept(self, saved: Saved) -> Tensor:
+        """The values of a tensor that is not FP8, on the host."""
+        if saved.composed:
+            sources = {name: self.tensors[name] for name in saved.composed.sources}
+            return saved.composed.convert(sources)[saved.name].cpu().contiguous()
+        values = torch.empty(saved.shape, dtype=saved.dtype)
+        for place in saved.places:
+            place.apply(values, self.tensors[place.source].cpu())
+        return values
+
+
+def _plan(model: nn.Module, stored: _Stored, max_shard_size: int) -> Plan:
+    """The plan whose output is what the model holds."""
+    if not stored.granularities:
+        raise SchemeError(
+            "save: nothing of the model is FP8; transformers' save_pretrained is for it"
+        )
+    specs = [spec_like(each.name, each.dtype, each.shape) for each in stored.saved.values()]
+    shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
+    checkpoint = Checkpoint(Path("model"), Path("model"), _config(model), shards)
+    resources = Resources(1 << 62, 1, max_shard_size)
+    scheme = Scheme(_main(stored))
+    plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
+    ignore = [t.spec.name for t in plan.tensors if t.weights and not stored.is_fp8(t.spec.name)]
+    include = [t.spec.name for t in plan.tensors if not t.weights and stored.is_fp8(t.spec.name)]
+    if ignore or include:
+        try:
+            patterns = Patterns(tuple(ignore), tuple(include))
+            plan = plan_quantization(checkpoint, scheme, patterns, resources)
+        except SchemeError as error:
+            raise SchemeError(
+                f"save: no engine would load what the model holds: {error}"
+            ) from error
+    for tensor in plan.tensors:
+        found = stored.granularity(tensor.spec.name)
+        if tensor.granularity is not found:
+            raise SchemeError(
+                f"save: {tensor.spec.name}: the model has {_word(found)} scales, and a checkpoint "
+                f"that engines load has {_word(tensor.granularity)}"
+            )
+    return plan
+
+
+def _word(granularity: Granularity | None) -> str:
+    return granularity.value if granularity else "no"
+
+
+def _main(stored: _Stored) -> Granularity:
+    """The scheme: what is not channel, where any is not, as others fall back to channel."""
+    found = {*stored.granularities.values()}
+    return next(
+        (g for g in (Granularity.BLOCK, Granularity.TENSOR) if g in found), Granularity.CHANNEL
+    )
+
+
+def _config(model: nn.Module) -> dict[str, object]:
+    describe = getattr(getattr(model, "config", None), "to_json_string", None)
+    if describe is None:
+        return {}
+    found: dict[str, object] = json.loads(describe(use_diff=False))
+    found.pop("quantization_config", None)
+    found["architectures"] = found.get("architectures") or [type(model).__name__]
+    return found
+
+
+def _write_weight(writer: CheckpointWriter, weight: WeightPlan, stored: _Stored) -> None:
+    """Codes and scales of one planned weight, from wherever its rows lie in the model."""
+    rows, columns = weight.shape
+    codes = torch.empty((rows, columns), dtype=torch.uint8)
+    scales = torch.empty(weight.granularity.scale_shape(weight.shape), dtype=torch.float32)
+    saved = stored.saved[weight.spec.name]
+    for place in saved.places:
+        lies = _rows(weight, saved, place, stored.weights[place.source])
+        _take(codes, scales, lies, stored, stored.weights[place.source], weight.granularity)
+    _write(writer, weight.codes.name, weight, codes, scale=False)
+    _write(writer, weight.scales.name, weight, scales, scale=True)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Which rows of a weight lie where: row `at[i]` is row `row[i]` of matrix `matrix[i]`."""
+
+    at: Tensor
+    matrix: Tensor
+    row: Tensor
+
+
+def _rows(weight: WeightPlan, saved: Saved, place: Place, held: Weight) -> _Rows:
+    """The rows of `weight` that lie in `place`, by the first element of each."""
+    at = torch.arange(weight.shape[0])
+    flat = weight.source.first + at * weight.source.row_step
+    inside = torch.ones(len(at), dtype=torch.bool)
+    element = torch.full_like(flat, place.first)
+    for step, part, stride in zip(strides(saved.shape), place.region, place.steps, strict=True):
+        index = flat // step
+        flat = flat % step
+        inside &= (
+            (index >= part.start) & (index < part.stop) & ((index - part.start) % part.step == 0)
+        )
+        element += (index - part.start) // part.step * stride
+    element, at = element[inside], at[inside]
+    rows, columns = held.shape
+    matrix, within = element // (rows * columns), element % (rows * columns)
+    row = within % rows if held.transposed else within // columns
+    return _Rows(at, matrix, row)
+
+
+def _take(
+    codes: Tensor,
+    scales: Tensor,
+    lies: _Rows,
+    stored: _Stored,
+    held: Weight,
+    granularity: Granularity,
+) -> None:
+    """Gathers rows of codes, and the scales that belong to them."""
+    rows, columns = held.shape
+    own = stored.tensors[held.target].detach().view(torch.uint8).cpu().view(-1, rows, columns)
+    codes[lies.at] = own[lies.matrix, lies.row]
+    name = held.scales(granularity).name
+    own_scales = stored.tensors[name].detach().cpu()
+    if granularity is Granularity.TENSOR:
+        scales[0] = own_scales.view(-1)[lies.matrix[0]]
+        return
+    width = own_scales.shape[-1]
+    own_scales = own_scales.view(max(1, held.experts), -1, width)
+    if granularity is Granularity.CHANNEL:
+        scales[lies.at] = own_scales[lies.matrix, lies.row]
+        return
+    first = lies.at % BLOCK == 0
+    each = rows // held.parts
+    part = lies.row % held.parts if held.interleaved else lies.row // each
+    within = (lies.row // held.parts if held.interleaved else lies.row % each) // BLOCK
+    height = own_scales.shape[1] // held.parts
+    at = within * held.parts + part if held.interleaved else part * height + within
+    scales[lies.at[first] // BLOCK] = own_scales[lies.matrix[first], at[first]]
+
+
+def _write(
+    writer: CheckpointWriter, name: str, weight: WeightPlan, values: Tensor, scale: bool
+) -> None:
+    view = weight.scales_at if scale else weight.codes_at
+    height, width = values.shape if values.ndim == 2 else (1, len(values))
+    runs, size = view.runs(0, height, width), values.element_size()
+    data = bytes_of(values)
+    for run in range(runs.count):
+        begin = (runs.first + run * runs.step) * size
+        length = runs.length * size
+        writer.write(name, begin, data[run * length : (run + 1) * length])

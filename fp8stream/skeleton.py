@@ -1,0 +1,341 @@
+"""Surgery on a live model: which of its weights can be FP8, and making them so.
+
+A skeleton lies on meta; storage is given once the modules are what they will be. What a model has
+under several names stays one tensor, and what no checkpoint holds is computed as the model would.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fp8stream.conversions import wider
+from fp8stream.errors import CheckpointError, DeviceError
+from fp8stream.fitting import Weight
+from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
+from fp8stream.live import Part
+from fp8stream.mapping import Placement, model_tensors
+from fp8stream.scheme import Granularity
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises CheckpointError or DeviceError for a model that nothing can be loaded into."""
+    for name, module in model.named_modules():
+        if "_hf_hook" in vars(module):
+            raise DeviceError(
+                f"{name or 'the model'}: was spread over devices by accelerate, whose hooks would "
+                "move what is loaded; load first, then spread it"
+            )
+        for leaf, tensor in _own(module):
+            if is_lazy(tensor):
+                raise CheckpointError(
+                    f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
+                )
+
+
+def find_weights(model: nn.Module) -> list[Weight]:
+    """The weights of linear layers and experts that can be FP8, or are."""
+    found: list[Weight] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = type(module) is nn.Linear and "forward" not in vars(module)
+        if plain or isinstance(module, FP8Linear):
+            assert isinstance(module, nn.Linear | FP8Linear)
+            shape = module.out_features, module.in_features
+            found.append(Weight(name, "weight", "weight_scale", shape))
+            continue
+        form = module.form if isinstance(module, FP8Experts) else describe_experts(module)
+        if form is None:
+            continue
+        for parameter, shape in zip(form.weights, form.shapes, strict=True):
+            found.append(
+                Weight(
+                    name,
+                    parameter,
+                    f"{parameter}_scale",
+                    shape,
+                    form.experts,
+                    form.parts(parameter),
+                    form.interleaved and form.parts(parameter) > 1,
+                    form.transposed,
+                )
+            )
+    return found
+
+
+def granularities_of(model: nn.Module) -> dict[str, Granularity]:
+    """The granularity of each module that is FP8."""
+    return {
+        name: module.granularity
+        for name, module in model.named_modules()
+        if isinstance(module, FP8Linear | FP8Experts)
+    }
+
+
+def original_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent tensors that the model has, or had: FP8 weights on meta, in their own shape,
+    and no scales; what is spread over ranks on meta, whole."""
+    tensors = model_tensors(model)
+    for name, part in parts_of(model).items():
+        tensors[name] = torch.empty(part.of, dtype=tensors[name].dtype, device="meta")
+    tied: dict[int, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        at = f"{name}." if name else ""
+        if isinstance(module, FP8Linear):
+            del tensors[f"{at}weight_scale"]
+            bare = tied.setdefault(
+                id(module.weight), _meta((module.out_features, module.in_features))
+            )
+            tensors[f"{at}weight"] = bare
+        elif isinstance(module, FP8Experts):
+            for parameter, (rows, columns) in zip(
+                module.form.weights, module.form.shapes, strict=True
+            ):
+                del tensors[f"{at}{parameter}_scale"]
+                experts = module.form.experts
+                turned = (columns, rows) if module.form.transposed else (rows, columns)
+                tensors[f"{at}{parameter}"] = _meta((experts, *turned))
+    return tensors
+
+
+def _meta(shape: Any) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
+
+
+_PARTS = "_fp8stream_parts"
+
+
+def parts_of(model: nn.Module) -> Mapping[str, Part]:
+    """What is held here of each tensor that is spread over ranks, by its name."""
+    parts: Mapping[str, Part] = getattr(model, _PARTS, {})
+    return parts
+
+
+def hold_parts(model: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Leaves of each tensor in `parts` that part, ties staying ties."""
+    held: dict[int, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in _own(module):
+            part = parts.get(f"{path}.{name}" if path else name)
+            if part is None or tuple(tensor.shape) != part.of:
+                continue
+            if id(tensor) not in held:
+                whole = part.of_whole(tensor.detach())
+                new = whole.clone(memory_format=torch.contiguous_format)
+                if isinstance(tensor, nn.Parameter):
+                    new = _parameter_like(tensor, new, tensor.requires_grad)
+                held[id(tensor)] = new
+            _put(module, name, held[id(tensor)])
+    object.__setattr__(model, _PARTS, dict(parts))
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent tensors that the model has: codes and scales too."""
+    return model_tensors(model)
+
+
+def become_fp8(
+    model: nn.Module, quantized: Mapping[str, Granularity], ties: Mapping[str, str]
+) -> None:
+    """Puts FP8 modules, their weights on meta, in the places of those that are `quantized`.
+
+    What is tied to one of their weights, as `ties` lead from name to name, shares its codes.
+    """
+    for name, granularity in quantized.items():
+        module = model.get_submodule(name)
+        if not isinstance(module, FP8Linear | FP8Experts):
+            _replace(model, module, _fp8_like(module, granularity))
+    for name, filled in ties.items():
+        module, whole = (model.get_submodule(n.rpartition(".")[0]) for n in (name, filled))
+        if isinstance(whole, FP8Linear) and type(module) is nn.Linear:
+            new = _fp8_like(module, whole.granularity)
+            new.weight, new.weight_scale = whole.weight, whole.weight_scale
+            _replace(model, module, new)
+
+
+def _fp8_like(module: nn.Module, granularity: Granularity) -> nn.Module:
+    """An FP8 module for `module`, with its hooks: the same ones, so that their handles hold."""
+    kind = FP8Linear if isinstance(module, nn.Linear) else FP8Experts
+    new = kind.on_meta_like(module, granularity)
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(module, hooks))
+    for key, value in vars(module).items():
+        if key not in vars(new):
+            setattr(new, key, value)
+    return new
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is."""
+    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, new)
+
+
+def storage(like: Tensor, device: torch.device) -> Tensor:
+    """Storage for a tensor on meta, of its shape, strides and dtype; its content is anything."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+
+
+def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) -> None:
+    """Gives whatever of the model lies on meta storage on `device`; ties and aliases stay that.
+
+    Buffers that no checkpoint holds wait for `finish`. Dtypes are those of the skeleton, but for
+    what transformers would keep in float32. With `spoil` storage begins as NaN, so that whatever
+    nothing comes for shows.
+    """
+    given: dict[int, Tensor] = {}
+    bases: dict[int, Tensor] = {}
+    aliased = _aliased(model)
+    for path, module in model.named_modules():
+        for name, tensor in _own(module):
+            place = tensor.untyped_storage()._cdata
+            if not tensor.is_meta or (_unsaved(module, name) and place not in aliased):
+                continue
+            if id(tensor) not in given:
+                if place in aliased:
+                    new = _view(tensor, bases, device)
+                else:
+                    new = storage(_wide(tensor, model, f"{path}.{name}"), device)
+                if spoil:
+                    _spoil(new)
+                if isinstance(tensor, nn.Parameter):
+                    grad = tensor.requires_grad and tensor.is_floating_point()
+                    new = _parameter_like(tensor, new, grad)
+                given[id(tensor)] = new
+            _put(module, name, given[id(tensor)])
+
+
+def _unsaved(module: nn.Module, name: str) -> bool:
+    return name in module._non_persistent_buffers_set
+
+
+def _aliased(model: nn.Module) -> set[int]:
+    """The storages on meta that several tensors look at, one of them to be loaded."""
+    seen: dict[int, dict[int, bool]] = {}
+    for module in model.modules():
+        for name, tensor in _own(module):
+            if tensor.is_meta:
+                views = seen.setdefault(tensor.untyped_storage()._cdata, {})
+                views[id(tensor)] = not _unsaved(module, name)
+    return {at for at, views in seen.items() if len(views) > 1 and any(views.values())}
+
+
+def _view(tensor: Tensor, bases: dict[int, Tensor], device: torch.device) -> Tensor:
+    """What `tensor` sees of its storage, which is given once to all that look at it."""
+    own = tensor.untyped_storage()
+    if own._cdata not in bases:
+        like = torch.empty(own.nbytes(), dtype=torch.uint8, device="meta")
+        bases[own._cdata] = storage(like, device)
+    base = bases[own._cdata].untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _spoil(tensor: Tensor) -> None:
+    """Fills the tensor with NaN, or, where its dtype has none, with zeros."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        tensor.view(torch.uint8).fill_(0x7F)
+    else:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+
+
+def _wide(tensor: Tensor, model: nn.Module, name: str) -> Tensor:
+    """A tensor on meta in the dtype that `from_pretrained` would give it."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor
+    return tensor.to(wider(model, tensor.dtype)(name))
+
+
+def _parameter_like(old: nn.Parameter, new: Tensor, requires_grad: bool) -> nn.Parameter:
+    parameter: nn.Parameter = torch.Tensor._make_subclass(type(old), new, requires_grad)
+    parameter.__dict__.update(old.__dict__)
+    return parameter
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in list(tensors.items()):
+            if tensor is not None:
+                yield name, tensor
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in module._parameters:
+        assert isinstance(tensor, nn.Parameter)
+        module._parameters[name] = tensor
+    else:
+        module._buffers[name] = tensor
+
+
+def finish(model: nn.Module, placement: Placement, device: torch.device) -> list[str]:
+    """Ties what is tied, and computes the buffers that no checkpoint holds.
+
+    The names of those that nobody knows how to compute.
+    """
+    for name, filled in placement.ties.items():
+        _tie(model, name, filled)
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in _waiting(model)
+        for name in _compute(model, module, device)
+    ]
+
+
+def _tie(model: nn.Module, name: str, filled: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    source, _, source_leaf = filled.rpartition(".")
+    module, holder = model.get_submodule(path), model.get_submodule(source)
+    tensor = holder._parameters.get(source_leaf)
+    if tensor is not None and leaf in module._parameters:
+        module._parameters[leaf] = tensor
+
+
+def _waiting(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with buffers that are not saved and lie on meta still."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(
+            tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
+            for key, tensor in module._buffers.items()
+        )
+    ]
+
+
+def _compute(model: nn.Module, module: nn.Module, device: torch.device) -> list[str]:
+    """Has the model compute the buffers of one of its modules: the names of those that it cannot.
+
+    Twice, over different content: what differs afterwards is what nobody wrote.
+    """
+    names = [n for n, t in _own(module) if t.is_meta and _unsaved(module, n)]
+    initialize = getattr(model, "_init_weights", None)
+    if initialize is None:
+        return names
+    for tensor in (*module.parameters(), *module.buffers()):
+        # This is how transformers knows what is loaded.
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name in names:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = storage(buffer, device)
+    made: list[list[Tensor]] = []
+    for value in (0, 1):
+        for name in names:
+            module.get_buffer(name).fill_(value)
+        initialize(module)
+        made.append([module.get_buffer(name).clone() for name in names])
+    return [n for n, one, two in zip(names, *made, strict=True) if not torch.equal(one, two)]
