@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fp8stream.online import load_into as load_into
     from fp8stream.online import quantize_model as quantize_model
     from fp8stream.online import reload as reload
+    from fp8stream.saving import save as save
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ _LAZY = {
     "load_into": "online",
     "quantize_model": "online",
     "reload": "online",
+    "save": "saving",
 }
 
 
