@@ -7,6 +7,7 @@ beside them. Names that come from an index are hostile until checked. No torch, 
 import json
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from fp8stream.header import (
     parse_json,
     read_at_most,
     read_shard,
+    reading,
     shorten,
     show,
 )
@@ -45,8 +47,8 @@ _OTHER_WEIGHTS = re.compile(
     r"|\.(bin|safetensors)\.index\.json$",
     re.IGNORECASE,  # as some file systems are, on which it would stand where ours is to
 )
-# What runs of ours leave for each other.
-_OURS = ".fp8stream-"
+# What ends the name of the directory in which a run makes its output.
+WORK_SUFFIX = ".fp8stream-partial"
 _SKIPPED_DIRECTORIES = {".git", ".cache", "original"}
 _SHARD_NUMBER = re.compile(r"-([0-9]{5,})-of-([0-9]{5,})\.safetensors$")
 
@@ -115,11 +117,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """
     source = Path(path)
     single = _is_one_file(source, str(path))
-    try:
+    with reading(source):
         return _open(source, single)
-    except OSError as error:
-        where = shorten(str(error.filename or source))
-        raise CheckpointError(f"{where}: cannot be read: {error.strerror}") from error
 
 
 def _open(source: Path, single: bool) -> Checkpoint:
@@ -156,9 +155,16 @@ def open_damaged(path: str | Path) -> tuple[Checkpoint, tuple[Fault, ...]]:
     try:
         return open_checkpoint(path), ()
     except CheckpointError as error:
-        directory, first = Path(path), error
-        if not directory.is_dir() or not any(directory.glob("*.safetensors")):
-            raise
+        first = error
+    directory = Path(path)
+    with reading(directory):
+        if not os.path.isdir(directory) or not _weight_files(directory):
+            raise first
+        return _open_damaged(directory, first)
+
+
+def _open_damaged(directory: Path, first: CheckpointError) -> tuple[Checkpoint, tuple[Fault, ...]]:
+    """As `open_damaged`; `first` is what a whole one failed at. Raises OSError as well."""
     faults: list[Fault] = []
     config: Mapping[str, Any] = {}
     shards: list[Shard] = []
@@ -166,16 +172,17 @@ def open_damaged(path: str | Path) -> tuple[Checkpoint, tuple[Fault, ...]]:
         config = _read_config(directory)
     except CheckpointError as error:
         faults.append(Fault("config.json", str(error)))
-    for file in sorted(directory.glob("*.safetensors")):
+    files = _weight_files(directory)
+    for file in files:
         try:
             shards.append(read_shard(file))
         except CheckpointError as error:
             faults.append(Fault(file.name, str(error)))
-    faults += [Fault(name, f"{directory / name}: missing") for name in _lost(directory)]
-    indexes = sorted(file.name for file in directory.glob(f"*{INDEX_SUFFIX}"))
+    faults += [Fault(name, f"{directory / name}: missing") for name in _lost(files)]
+    indexes = sorted(file.name for file in directory.iterdir() if file.name.endswith(INDEX_SUFFIX))
     if not faults:
         faults.append(Fault(indexes[0] if indexes else "", str(first)))
-    names = {file.name for file in directory.glob("*.safetensors")}
+    names = {file.name for file in files}
     side_files = _find_side_files(directory, names, [], recursive=True)
     return Checkpoint(directory, directory, config, tuple(shards), side_files), tuple(faults)
 
@@ -183,28 +190,33 @@ def open_damaged(path: str | Path) -> tuple[Checkpoint, tuple[Fault, ...]]:
 _MOST_FILES = 10_000
 
 
-def _lost(directory: Path) -> Iterator[str]:
+def _weight_files(directory: Path) -> list[Path]:
+    """Its safetensors files. Raises OSError, where `glob` would find none."""
+    return sorted(path for path in directory.iterdir() if path.name.endswith(".safetensors"))
+
+
+def _lost(files: Sequence[Path]) -> Iterator[str]:
     """The files that others of the same numbered set tell of, and that are not there."""
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in files:
         number = _SHARD_NUMBER.search(file.name)
         if number and int(number[2]) <= _MOST_FILES:
             prefix, total = _SHARD_NUMBER.sub("", file.name), number[2]
             width = len(number[1])
             every = (f"{n:0{width}d}-of-{total}.safetensors" for n in range(1, int(total) + 1))
             names = (f"{prefix}-{numbers}" for numbers in every)
-            yield from (name for name in names if not (directory / name).exists())
+            yield from (name for name in names if not file.with_name(name).exists())
             return
 
 
 def _is_one_file(source: Path, given: str) -> bool:
     """Whether `source` is one file, not a directory. Raises CheckpointError where it is neither."""
     try:
-        os.stat(source)
+        mode = os.stat(source).st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(_absent(given)) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{shorten(given)}: cannot be read: {error}") from error
-    if source.is_dir():
+    if stat.S_ISDIR(mode):
         return False
     if source.suffix != ".safetensors":
         raise CheckpointError(
@@ -409,16 +421,13 @@ def _held(value: Any) -> Iterable[Any]:
 
 def _read_bytes(path: Path, limit: int) -> bytes:
     """The file as large as it is found to be: what grows meanwhile is not run after."""
-    try:
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > limit:
-                raise CheckpointError(
-                    f"{path}: too large: expected at most {limit} bytes, found {size}"
-                )
-            return read_at_most(stream, size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), open_regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(
+                f"{path}: too large: expected at most {limit} bytes, found {size}"
+            )
+        return read_at_most(stream, size)
 
 
 def _find_side_files(
@@ -431,7 +440,7 @@ def _find_side_files(
     copied: list[SideFile] = []
     left: list[str] = []
     outside: list[str] = []
-    for path in _walk(directory, left) if recursive else _files(directory):
+    for path in files_below(directory, left) if recursive else _files(directory):
         name = str(path.relative_to(directory))
         if name in shards or name == "config.json" or name.endswith(INDEX_SUFFIX):
             continue
@@ -451,8 +460,8 @@ def _find_side_files(
 
 
 def _is_left(name: str) -> bool:
-    """Whether a file or directory holds other weights, or would stand where ours is to."""
-    return bool(_OTHER_WEIGHTS.search(name)) or os.path.basename(name).startswith(_OURS)
+    """Whether a file or directory holds other weights, or is what an unfinished run left."""
+    return bool(_OTHER_WEIGHTS.search(name)) or name.endswith(WORK_SUFFIX)
 
 
 def _is_beside(path: Path, directory: Path) -> bool:
@@ -477,9 +486,20 @@ def _files(directory: Path) -> Iterator[Path]:
     return (path for path in directory.iterdir() if not path.is_dir())
 
 
-def _walk(directory: Path, left: list[str]) -> Iterator[Path]:
-    """Files below `directory`; a link to a directory is not followed, so that no loop can form."""
-    for root, folders, files in os.walk(directory, onerror=lambda e: left.append(e.filename)):
+def files_below(directory: Path, left: list[str]) -> Iterator[Path]:
+    """Files below `directory`; what is not looked into comes to be `left`.
+
+    A link to a directory is not followed, so that no loop can form. One that may not be looked into
+    is left; raises CheckpointError where one cannot be listed for another reason.
+    """
+
+    def leave(error: OSError) -> None:
+        path = Path(error.filename)
+        if path == directory or not isinstance(error, PermissionError):
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        left.append(f"{path.relative_to(directory)}/")
+
+    for root, folders, files in os.walk(directory, onerror=leave):
         for folder in list(folders):
             path = Path(root) / folder
             if folder in _SKIPPED_DIRECTORIES or path.is_symlink() or _is_left(folder):

@@ -8,15 +8,14 @@ and 143 interrupted.
 import gc
 import os
 import re
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
@@ -58,6 +57,7 @@ from fp8stream.report import (
     verdict_json,
 )
 from fp8stream.scheme import Granularity, OutputFormat, Scheme
+from fp8stream.signals import Signalled, Signals
 from fp8stream.structure import Config
 from fp8stream.system import may_have_gpu
 
@@ -72,6 +72,14 @@ F = TypeVar("F", bound=Callable[..., object])
 DEFAULT_BUDGET = "1GiB"
 DEFAULT_SHARD_SIZE = "5GB"
 SECONDS_BETWEEN_LINES = 30
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command shares with `main`: `notes` are for whoever reads of a failure."""
+
+    signals: Signals
+    notes: list[str] = field(default_factory=list)
 
 
 def _size(context: click.Context, option: click.Parameter, value: str) -> int:
@@ -100,6 +108,38 @@ def _expression(
         return re.compile(value) if value is not None else None
     except (re.error, OverflowError, RecursionError) as error:
         raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
+
+
+def _expert_layout(what: str) -> Callable[[F], F]:
+    layouts = click.Choice([layout.value for layout in ExpertLayout])
+    return click.option("--expert-layout", type=layouts, help=what)
+
+
+def _memory_budget(what: str) -> Callable[[F], F]:
+    return click.option(
+        "--memory-budget",
+        callback=_size,
+        metavar="SIZE",
+        default=DEFAULT_BUDGET,
+        show_default=True,
+        help=what,
+    )
+
+
+def _threads(what: str) -> Callable[[F], F]:
+    workers = click.IntRange(1, 1024)
+    return click.option(
+        "--threads", type=workers, metavar="N", help=f"{what}  [default: all cores]"
+    )
+
+
+def _json(command: F) -> F:
+    words = "The result as one JSON object on stdout."
+    return click.option("--json", "as_json", is_flag=True, help=words)(command)
+
+
+def _quiet(command: F) -> F:
+    return click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")(command)
 
 
 def _scheme_options(command: F) -> F:
@@ -147,11 +187,9 @@ def _scheme_options(command: F) -> F:
                 show_default=True,
                 help="How experts that lie in one tensor are written; keep leaves all in 16 bit.",
             ),
-            click.option(
-                "--expert-layout",
-                type=click.Choice([layout.value for layout in ExpertLayout]),
-                help="How they lie there, if the model type does not tell: [experts, out, in] or "
-                "[experts, in, out], gate and up in halves or interleaved.",
+            _expert_layout(
+                "How they lie there, if the model type does not tell: [experts, out, in] or "
+                "[experts, in, out], gate and up in halves or interleaved."
             ),
         ]
     ):
@@ -247,14 +285,7 @@ def inspect(
     show_default=True,
     help="Where to compute: auto, cpu, cuda (all GPUs) or cuda:N.",
 )
-@click.option(
-    "--memory-budget",
-    callback=_size,
-    metavar="SIZE",
-    default=DEFAULT_BUDGET,
-    show_default=True,
-    help="Host staging and device buffers together.",
-)
+@_memory_budget("Host staging and device buffers together.")
 @click.option(
     "--max-shard-size",
     callback=_size,
@@ -263,12 +294,7 @@ def inspect(
     show_default=True,
     help="The largest file to write.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Workers that read, quantize and write.  [default: all cores]",
-)
+@_threads("Workers that read, quantize and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the reasons; write nothing.")
 @click.option(
     "--overwrite",
@@ -278,11 +304,11 @@ def inspect(
 @click.option(
     "--restart", is_flag=True, help="Discard an unfinished run to OUTPUT instead of going on."
 )
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+@_json
+@_quiet
 @click.pass_obj
 def quantize(
-    notes: list[str],
+    process: Process,
     /,
     source: str,
     output: str,
@@ -313,35 +339,41 @@ def quantize(
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
     asked = _asked(**options)
     plan = asked.plan(checkpoint, resources)
-
-    def now() -> Fingerprint:
-        return fingerprint(checkpoint, plan, asked.options(max_shard_size))
-
+    now = partial(fingerprint, checkpoint, plan, asked.options(max_shard_size))
     if dry_run:
-        # A plan for the CPU is a plan already: torch takes longer to load than everything before.
-        if device != "cpu" and (device != "auto" or may_have_gpu()):
-            plan, _, _ = _for_device(plan, resources, device)
-        _dry_run(checkpoint, plan, as_json)
+        _dry_run(checkpoint, plan, resources, device, as_json)
         with _complaining():
-            target = _check(checkpoint, plan, Path(output), overwrite)
+            target = _check(checkpoint, plan, Path(output), overwrite, now)
             _warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
-    target = _check(checkpoint, plan, Path(output), overwrite)
-    with _kept_on_failure(OutputDirectory(target, now(), overwrite, restart), notes) as directory:
+    target = _check(checkpoint, plan, Path(output), overwrite, now)
+    directory = OutputDirectory(target, now(), overwrite, restart)
+    with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
+        process.signals.check()  # torch was imported
         _warn(plan.warnings)
-        job = _Job(checkpoint, plan, resources, devices, directory)
-        result = job.run(output, no_progress)
-    with suppress(OSError):
-        print_result(plan, result, sys.stderr)
+        job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
+        there = directory.in_place
+        plan, result = job.run(output, no_progress)
+    if there:
+        _tell(f"{output}: finished by the run before this one, which was stopped as it tidied up")
+    else:
+        with suppress(OSError):
+            print_result(plan, result, sys.stderr)
     with _stdout():
         if as_json:
             click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
         else:
-            click.echo(os.fsencode(output))
+            click.echo(os.fsencode(result.output))
 
 
-def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) -> Path:
+def _check(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    overwrite: bool,
+    now: Callable[[], Fingerprint],
+) -> Path:
     """Everything that can be refused before any work; the directory to write to."""
     if checkpoint.quantized_as:
         raise CheckpointError(
@@ -357,7 +389,7 @@ def _check(checkpoint: Checkpoint, plan: Plan, output: Path, overwrite: bool) ->
             f"{checkpoint.path}: nothing to quantize: {'; '.join(reasons)}; "
             "'fp8stream inspect' tells more, --include asks for layers by name"
         )
-    return check_output(output, checkpoint, plan.disk_bytes, overwrite)
+    return check_output(output, checkpoint, plan.disk_bytes, overwrite, now)
 
 
 @contextmanager
@@ -369,7 +401,12 @@ def _complaining() -> Iterator[None]:
         _warn([str(error)])
 
 
-def _dry_run(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
+def _dry_run(
+    checkpoint: Checkpoint, plan: Plan, resources: Resources, device: str, as_json: bool
+) -> None:
+    # A plan for the CPU is a plan already: torch takes longer to load than everything before.
+    if device != "cpu" and (device != "auto" or may_have_gpu()):
+        plan, _, _ = _for_device(plan, resources, device)
     _show_plan(checkpoint, plan, as_json)
     if not as_json:
         _warn(plan.warnings)
@@ -387,18 +424,47 @@ def _for_device(
 
 
 @contextmanager
-def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[OutputDirectory]:
-    """The directory, open. Notes for whoever reads of a failure what is kept of the run."""
-    with directory:
-        try:
-            yield directory
-        except BaseException:
-            if directory.kept:
-                notes.append(
-                    f"what is done is kept in {directory.work}: the same command goes on, "
-                    "--restart discards it"
-                )
-            raise
+def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[None]:
+    """Opens the directory. Notes for whoever reads of a failure what is kept of the run."""
+    try:
+        with directory:
+            if not directory.locked:
+                what = "this file system has no locks; let no second run write the same output"
+                _warn([f"{directory.work}: {what}"])
+            try:
+                yield
+            except BaseException as error:
+                notes += _kept(directory, error)
+                raise
+    finally:
+        _warn(filter(None, [directory.left]))
+
+
+def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
+    """What to say of a run that ended so, if it left anything."""
+    # Whoever is told to discard it is not told that it goes on.
+    if not directory.kept or directory.placed or "--restart" in str(error):
+        return
+    what = f"what is done is kept in {directory.work}"
+    if isinstance(error, Fp8StreamError) and not error.curable:
+        yield f"{what}, but whatever mends this makes another conversion, which needs --restart"
+    else:
+        yield f"{what}: the same command goes on, --restart discards it"
+
+
+@dataclass
+class _Tally:
+    """What a conversion did so far, whatever its buffers were: the layers that were on disk when it
+    began, and the bytes and the time since."""
+
+    there: Set[int]
+    start: float
+    read: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
 
 
 @dataclass(frozen=True)
@@ -410,17 +476,26 @@ class _Job:
     resources: Resources
     devices: "tuple[torch.device, ...]"
     directory: OutputDirectory
+    signals: Signals
 
-    def run(self, output: str, no_progress: bool) -> Result:
-        """Converts what is not on disk yet, with smaller buffers where memory runs out."""
+    def run(self, output: str, no_progress: bool) -> tuple[Plan, Result]:
+        """Converts what is not on disk yet, with smaller buffers where memory runs out: the plan
+        with those that did, and what was done."""
+        start, layers = time.perf_counter(), len(self.plan.layers)
         if self.directory.in_place:
-            return self._result(output, 0.0, 0, len(self.plan.layers), MemoryUsage.now())
-        try:
-            return self._convert(output, no_progress)
-        except DeviceMemoryError as error:
-            smaller = self._smaller(error)
-        _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
-        return smaller.run(output, no_progress)
+            tally, now = _Tally(frozenset(range(layers)), start), MemoryUsage.now()
+            return self.plan, self._result(output, tally, now, now)
+        tally = _Tally(self.directory.done(layers), start)
+        if tally.there and not no_progress:
+            share = 100 * self._bytes(tally.there) / max(1, self.plan.bytes_read)
+            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
+        job = self
+        while True:
+            try:
+                return job.plan, job._convert(output, no_progress, tally)
+            except DeviceMemoryError as error:
+                job = job._smaller(error)
+            _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
 
     def _smaller(self, error: DeviceMemoryError) -> "_Job":
         """The same job with half the memory. Raises DeviceError where that is too little."""
@@ -434,7 +509,7 @@ class _Job:
                 f"({format_size(2 * budget)}); free some, or use another device"
             ) from error
 
-    def _convert(self, output: str, no_progress: bool) -> Result:
+    def _convert(self, output: str, no_progress: bool, tally: _Tally) -> Result:
         import torch
 
         from fp8stream.device import running_out_of_memory, warm_up
@@ -443,59 +518,48 @@ class _Job:
 
         # Workers are the parallelism: threads inside torch would only get in their way.
         torch.set_num_threads(1)
-        start, clock = time.perf_counter(), Clock()
         done = self.directory.done(len(self.plan.layers))
         tasks = self.plan.tasks(done)
         with running_out_of_memory():
             warm_up(self.devices)
         with (
-            closing(self._progress(done, no_progress)) as progress,
+            closing(_progress(self.plan.bytes_read, self._bytes(done), no_progress)) as progress,
             CheckpointWriter(self.directory, self.plan.files, self.plan.written(done)) as writer,
             PeakMeter() as meter,
         ):
             writer.copy_side_files(self.checkpoint)
-            layers = stream_layers(self.checkpoint, self.plan, writer, self.devices, clock, tasks)
+            layers = stream_layers(
+                self.checkpoint, self.plan, writer, self.devices, tally.clock, tasks
+            )
             with closing(layers):
-                read = 0
                 for layer in layers:
-                    read += layer.bytes_read
+                    tally.read += layer.bytes_read
                     progress(layer)
+                    self.signals.check()
             meter.sample()
-            _stop_listening()
-            writer.commit(self.plan.config)
-        seconds = time.perf_counter() - start
-        return self._result(output, seconds, read, len(done), meter.peak, meter.baseline, clock)
+            writer.commit(self.plan.config, self.signals.too_late)
+        return self._result(output, tally, meter.peak, meter.baseline)
 
-    def _progress(self, done: Set[int], hidden: bool) -> "Progress":
+    def _bytes(self, layers: Set[int]) -> int:
+        """What is read for them."""
         slab = self.plan.workspace.slab_bytes
-        there = sum(self.plan.layers[number].bytes_read(slab) for number in done)
-        if done and not hidden:
-            share = 100 * there / max(1, self.plan.bytes_read)
-            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
-        return _progress(self.plan.bytes_read, there, hidden)
+        return sum(self.plan.layers[number].bytes_read(slab) for number in layers)
 
     def _result(
-        self,
-        output: str,
-        seconds: float,
-        read: int,
-        there: int,
-        peak: MemoryUsage,
-        baseline: MemoryUsage | None = None,
-        clock: Clock | None = None,
+        self, output: str, tally: _Tally, peak: MemoryUsage, baseline: MemoryUsage
     ) -> Result:
         from fp8stream.device import device_peak
 
         return Result(
             output,
-            seconds,
-            read,
+            tally.seconds,
+            tally.read,
             self.plan.bytes_written,
-            there,
+            len(tally.there),
             peak,
-            baseline or peak,
+            baseline,
             device_peak(self.devices),
-            clock or Clock(),
+            tally.clock,
         )
 
 
@@ -509,27 +573,11 @@ class _Job:
     metavar="SOURCE",
     help="What OUTPUT was made from: a checkpoint directory or one .safetensors file.",
 )
-@click.option(
-    "--expert-layout",
-    type=click.Choice([layout.value for layout in ExpertLayout]),
-    help="How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.",
-)
-@click.option(
-    "--memory-budget",
-    callback=_size,
-    metavar="SIZE",
-    default=DEFAULT_BUDGET,
-    show_default=True,
-    help="All buffers together.",
-)
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 1024),
-    metavar="N",
-    help="Workers that read and compare.  [default: all cores]",
-)
-@click.option("--json", "as_json", is_flag=True, help="The result as one JSON object on stdout.")
-@click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")
+@_expert_layout("How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.")
+@_memory_budget("All buffers together.")
+@_threads("Workers that read and compare.")
+@_json
+@_quiet
 def verify(
     output: str,
     source: str,
@@ -600,6 +648,7 @@ def _verdict(comparison: "Comparison", output: str, start: float, progress: "Pro
         tuple(sorted(problems, key=lambda p: (p.file, p.tensor, p.problem))),
         tuple(sorted(layers, key=lambda layer: template_and_key(layer.name))),
         expectation.not_compared,
+        comparison.added_files,
     )
 
 
@@ -741,8 +790,8 @@ class _Lines(Progress):
     def __call__(self, done: "LayerDone | Checked") -> None:
         self._done += done.bytes_read
         now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
-            return
+        if now - self._last < SECONDS_BETWEEN_LINES or not self._done:
+            return  # what was read tells the rate
         self._last = now
         rate = self._done / (now - self._start)
         reached = self._there + self._done
@@ -760,57 +809,19 @@ def _progress(total: int, there: int, hidden: bool) -> Progress:
     return _Bar(total, there) if sys.stderr.isatty() else _Lines(total, there)
 
 
-class _Signalled(BaseException):
-    """A signal came that asks us to stop."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class _StopOnce:
-    """Raises at the first signal. A second ends the process at once: whatever a run has on record
-    outlives that as it does a power cut."""
-
-    def __init__(self) -> None:
-        self._stopping = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._stopping:
-            os._exit(128 + number)
-        self._stopping = True
-        raise _Signalled(number)
-
-
-def _listen() -> None:
-    """Stops at Ctrl-C and `kill`, in a shell's background too; under `nohup` not at a hang-up."""
-    stop = _StopOnce()
-    with suppress(ValueError):  # not the main thread: then nobody sends us signals either
-        for number in _STOPPING:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, stop)
-
-
-def _stop_listening() -> None:
-    """From here on a signal would come too late to stop the run, and only break off its end.
-
-    Not a blocked mask, which holds for one thread: another would take the signal for us.
-    """
-    with suppress(ValueError):
-        for number in _STOPPING:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, lambda number, frame: None)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
     """Runs the command line; the exit code. Tracebacks only with FP8STREAM_DEBUG=1."""
-    # A stream that was closed, as `2>&-` does, is no reason to fail.
+    # A stream that was closed, as `2>&-` does, is no reason to fail, nor for the next file that is
+    # opened to get its number, and what is meant for the eye.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    _listen()
-    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    if signals is None:
+        signals = Signals()
+        signals.listen()
+    code = _run(list(sys.argv[1:] if arguments is None else arguments), signals)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -820,22 +831,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def run() -> NoReturn:
-    """The `fp8stream` command.
+def run(signals: Signals | None = None) -> NoReturn:
+    """The `fp8stream` command, for which `signals` listens already.
 
     Leaves at once: taking torch down takes half a second, in which a signal would still change the
     exit code of a run that is done.
     """
-    os._exit(main())
+    os._exit(main(signals=signals))
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], signals: Signals) -> int:
     # A plan is many small objects and no garbage: looking for it took half the time of inspect.
     gc.set_threshold(200_000, 50, 100)
-    notes: list[str] = []
+    process = Process(signals)
     try:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
-        with cli.make_context("fp8stream", arguments, obj=notes) as context:
+        with cli.make_context("fp8stream", arguments, obj=process) as context:
             cli.invoke(context)
     except _ReaderLeft:
         return 0
@@ -845,17 +856,18 @@ def _run(arguments: list[str]) -> int:
         with suppress(OSError):
             error.show()
         return error.exit_code
-    except _Signalled as signalled:
-        name = "interrupted" if signalled.number == signal.SIGINT else "terminated"
-        return _failed([name, *notes], 128 + signalled.number)
+    except Signalled as signalled:
+        return _failed([str(signalled), *process.notes], 128 + signalled.number)
     except Fp8StreamError as error:
-        return _failed([str(error), *notes], 1)
+        return _failed([str(error), *process.notes], 1)
     except MemoryError:
         what = "out of memory; give a smaller --memory-budget, or fewer --threads"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     except Exception as error:
+        if signals.came:  # which an import may turn into an error of its own
+            return _failed([str(signals.came), *process.notes], 128 + signals.came.number)
         what = f"{type(error).__name__}: {error}; FP8STREAM_DEBUG=1 tells where"
-        return _failed([what, *notes], 1)
+        return _failed([what, *process.notes], 1)
     return 0
 
 

@@ -8,6 +8,9 @@ each row, so that several weights may lie below each other in a slab.
 Codes that others wrote need not be ours: a quotient of bfloat16 numbers, or one rounded twice, is
 within 2^-8 of the true one, and rounding never changes an order. So their code must lie between
 those of quotient * (1 - 2^-8) and of quotient * (1 + 2^-8).
+
+Nor need their scales be ours, but they must fit the values: codes that are right under a scale of a
+million are all zero. See `scale_bounds`.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,14 @@ from fp8stream.scheme import Granularity
 # What a scratch takes for each of its elements: the quotients, the decoded codes, two bytes.
 BYTES_AN_ELEMENT = 4 + 4 + 2
 BOUND = 2.0**-8
+# What a number loses that goes through bfloat16 twice, as a scale that is made of its inverse.
+_TWICE_ROUNDED = 2.0**-7
+# How many times the least a scale may be. One that is rounded up to a power of two is twice that;
+# one of a tensor may be shared with other tensors, of larger values.
+ROOM = {Granularity.CHANNEL: 16, Granularity.BLOCK: 16, Granularity.TENSOR: 64}
+# Tools keep scales from becoming smaller than this, whatever the values: the epsilon of float32, or
+# a largest value of 1e-4.
+_FLOOR = 2.0**-22
 _MAGNITUDE, _SIGN, _LARGEST = 0x7F, 0x80, 0x7E
 # The bits of a code, shifted, are those of a float16 that is smaller by this.
 _HALF = 256.0
@@ -172,10 +183,53 @@ class Comparer:
         torch.maximum(found.largest[rows], largest, out=found.largest[rows])
 
 
+@dataclass(frozen=True)
+class ScaleBounds:
+    """What the scales of another tool may be, float32, for groups of some largest values: at least
+    `least` and at most `most`. `usual` is the most that leaves values the precision of the format;
+    above are those that a tool or a dtype keeps from becoming any smaller."""
+
+    least: Tensor
+    usual: Tensor
+    most: Tensor
+
+
+def scale_bounds(amax: Tensor, dtype: torch.dtype, granularity: Granularity) -> ScaleBounds:
+    """The bounds of scales in `dtype` for groups whose largest magnitudes are `amax` (float32).
+
+    Any scale will do for a group of zeros, and where `dtype` has no number as small as the scale.
+    """
+    due = (amax / FP8_MAX).to(dtype).float()
+    numbers = torch.finfo(dtype)
+    least = due * (1 - _TWICE_ROUNDED) - numbers.smallest_normal * numbers.eps
+    usual = due * ROOM[granularity]
+    return ScaleBounds(least, usual, usual.clamp(min=_FLOOR).masked_fill(due == 0, torch.inf))
+
+
+def largest_relative_error(groups: float, squares: float) -> float:
+    """The most that the norm of a weight's error may be over that of the weight itself.
+
+    `squares` is the square of the latter, `groups` the sum, over all of the weight's values, of the
+    squares of their scales: by which the values are wrong that are subnormal under these.
+    """
+    return float(((2.0**-4 + _TWICE_ROUNDED) ** 2 + 1.25 * 2.0**-20 * groups / squares) ** 0.5)
+
+
 def _squares(wide: Tensor) -> Tensor:
     """The sum of squares of each row of `wide`, float64 [rows]."""
     norms: Tensor = torch.linalg.vector_norm(wide, 2, dim=1)
-    return norms.double().square_()
+    squares = norms.double().square_()
+    odd = ~((squares > _SURE[0]) & (squares < _SURE[1]))
+    if bool(odd.any()):
+        # Beyond what float32 has squares of, unless it is a row of zeros.
+        step = max(1, _SUMMED_AT_ONCE // max(1, wide.shape[1]))
+        for rows in torch.split(torch.nonzero(odd & wide.any(1)).flatten(), step):
+            squares[rows] = wide[rows].double().square_().sum(1)
+    return squares
+
+
+# Sums of squares between these are right in float32.
+_SURE = (2.0**-80, 2.0**120)
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:

@@ -199,6 +199,17 @@ def _ignored(model: Any) -> re.Pattern[str] | None:
     return either(patterns)
 
 
+def wider(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """The dtype that `from_pretrained` gives the tensor of a name in a model of `dtype`.
+
+    Some are kept in float32, which a skeleton made in `dtype` does not show.
+    """
+    planned = getattr(model, "_get_dtype_plan", None)
+    plan: Mapping[str, torch.dtype] = planned(dtype) if planned else {}
+    rules = [(re.compile(key.replace("*", ".*")), wide) for key, wide in plan.items()]
+    return lambda name: next((wide for rule, wide in rules if rule.search(name)), dtype)
+
+
 def either(patterns: Iterable[str]) -> re.Pattern[str] | None:
     found = [f"({pattern})" for pattern in sorted(patterns)]
     return re.compile("|".join(found)) if found else None

@@ -2,11 +2,13 @@
 
     Fp8StreamError
     ├── CheckpointError   the source is damaged, incomplete, or no checkpoint
+    │   └── SourceChangedError   it is not the one that the run began with
     ├── SchemeError       a scheme, format or pattern that cannot be honoured
     ├── WeightError       values that have no FP8 form: NaN or infinity
     ├── BudgetError       less memory than the least that can work
     ├── DeviceError       the device that was asked for is not there, or ran out of memory
     │   └── DeviceMemoryError   smaller buffers may do
+    ├── ThreadError       the system lets no more threads start
     ├── OutputError       the output cannot be written where it was asked for
     ├── VerifyError       an output is not what its source makes
     └── ReloadError       a reload stopped midway, and which layers are new
@@ -17,11 +19,23 @@ do next. `cli.main` is the one place that turns these into an exit code.
 
 
 class Fp8StreamError(Exception):
-    """Base of every error that fp8stream raises on purpose."""
+    """Base of every error that fp8stream raises on purpose.
+
+    `curable` says whether the same command may yet succeed: a disk may get room, and a device
+    memory. Where the source or an option has to change, what the run did is of another conversion.
+    """
+
+    curable = True
 
 
 class CheckpointError(Fp8StreamError):
     """The source is damaged, incomplete, or not a checkpoint."""
+
+
+class SourceChangedError(CheckpointError):
+    """The source is not the one that the run began with."""
+
+    curable = False
 
 
 class SchemeError(Fp8StreamError):
@@ -30,6 +44,8 @@ class SchemeError(Fp8StreamError):
 
 class WeightError(Fp8StreamError):
     """A weight holds values that have no FP8 form."""
+
+    curable = False
 
 
 class BudgetError(Fp8StreamError):
@@ -42,6 +58,10 @@ class DeviceError(Fp8StreamError):
 
 class DeviceMemoryError(DeviceError):
     """The device, or the host, ran out of memory: smaller buffers may do."""
+
+
+class ThreadError(Fp8StreamError):
+    """The system lets no more threads start."""
 
 
 class OutputError(Fp8StreamError):

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fp8stream.comparison import Rows
+from fp8stream.comparison import ROOM, Rows, largest_relative_error, scale_bounds
+from fp8stream.device import TORCH_DTYPES
 from fp8stream.expectation import LayerError, Problem
+from fp8stream.fp8 import FP8_MAX
 from fp8stream.header import TensorSpec
 from fp8stream.plan import Slab
-from fp8stream.scheme import Granularity
+from fp8stream.scheme import BLOCK, Granularity
 from fp8stream.views import View
 from fp8stream.weights import WeightPlan
 
@@ -41,6 +43,12 @@ class Difference:
             f"{self.expected}, found {self.found}"
         )
 
+    def says_of_scales(self, what: str) -> str:
+        """The problem, of scales that are `what`."""
+        which = f"{self.count} of {self.total} scales are {what}, the first at {self.place}"
+        which = which if self.total > 1 else f"the scale is {what}"
+        return f"{which}: expected {self.expected}, found {self.found}"
+
 
 class WeightSums:
     """What is added up over the slabs of a weight, which come in order."""
@@ -53,6 +61,13 @@ class WeightSums:
         self._squares = self._error = self._largest = 0.0
         self._zeros = self._saturated = self._ones = self._not_scales = 0
         self._codes, self._scales = Difference(self._size), Difference(grid.numel())
+        self._small, self._large = Difference(grid.numel()), Difference(grid.numel())
+        together = {Granularity.CHANNEL: weight.shape[1], Granularity.BLOCK: BLOCK * BLOCK}
+        self._values_a_scale = together.get(weight.granularity, self._size)
+        self._squares_of_scales = 0.0
+        # Of a weight with one scale.
+        self._amax = torch.zeros(1)
+        self._one: Tensor | None = None
 
     def add(self, rows: Rows, part: slice, first_row: int, codes: Tensor) -> None:
         """Of a batch with these `rows` and `codes` (bytes), the part that is a slab of the weight.
@@ -84,17 +99,50 @@ class WeightSums:
         if due is not None:
             self.compare_scales(due, stored, slab.first_row // granularity.row_multiple)
 
+    def fit_scales(self, stored: Tensor, amax: Tensor, slab: Slab) -> None:
+        """Another tool's scales `stored` for a slab, of groups whose largest values are `amax`."""
+        granularity = self.weight.granularity
+        if granularity is Granularity.TENSOR:
+            self._amax, self._one = torch.maximum(self._amax, amax), stored
+        else:
+            self._fit(stored, amax, slab.first_row // granularity.row_multiple)
+
+    def _fit(self, stored: Tensor, amax: Tensor, first: int) -> None:
+        """Notes what scales do not fit the values; `first` is the first row of them."""
+        weight = self.weight
+        bounds = scale_bounds(amax, TORCH_DTYPES[weight.scales.dtype], weight.granularity)
+        least, room = amax / FP8_MAX, ROOM[weight.granularity]
+        of, large = "the largest value / 448", stored > bounds.most
+        words = f"at least {{:.3g}} ({of})", f"at most {{:.3g}} ({room} times {of})"
+        self._note(self._small, stored < bounds.least, least, stored, first, words[0])
+        self._note(self._large, large, bounds.usual, stored, first, words[1])
+        usual = stored[stored <= bounds.usual].double().square_()
+        self._squares_of_scales += float(usual.sum()) * self._values_a_scale
+
     def compare_scales(self, due: Tensor, stored: Tensor, first: int) -> None:
         """Scales to the bit; `first` is the first row of them in the weight's."""
         if same_bits(due, stored):
             return
-        weight = self.weight
-        wrong = (due.view(torch.int32) != stored.view(torch.int32)).reshape(-1)
-        at = _first(wrong)
+        wrong = due.view(torch.int32) != stored.view(torch.int32)
+        self._note(self._scales, wrong, due, stored, first, "{:.9g}")
+
+    def _note(
+        self,
+        differs: Difference,
+        wrong: Tensor,
+        due: Tensor,
+        stored: Tensor,
+        first: int,
+        words: str,
+    ) -> None:
+        """The scales that are `wrong`; `words` are for what is `due`, and have its digits."""
+        if not bool(wrong.any()):
+            return
+        at, weight = _first(wrong.reshape(-1)), self.weight
         row, column = divmod(at, due.shape[-1])
         place = weight.scales_at.index(first + row, column, weight.scales.shape)
         expected, found = (float(scales.reshape(-1)[at]) for scales in (due, stored))
-        self._scales.add(int(wrong.sum()), place, f"{expected:.9g}", f"{found:.9g}")
+        differs.add(int(wrong.sum()), place, words.format(expected), f"{found:.9g}")
 
     def result(self) -> LayerError:
         """The error of the whole weight."""
@@ -121,9 +169,35 @@ class WeightSums:
             wrong = f"{self._not_scales} of {self._scales.total} scales are not positive numbers"
             yield Problem(scales.file, scales.name, wrong)
             return
+        elif not exact:
+            yield from self._ill_fitting(scales)
         if self._codes.count:
             what = "codes" if exact else "codes beyond the bound"
             yield Problem(codes.file, codes.name, self._codes.says(what))
+        elif not (exact or self._small.count or self._large.count):
+            yield from self._too_far(codes)
+
+    def _ill_fitting(self, scales: TensorSpec) -> Iterator[Problem]:
+        """Scales that do not fit the values."""
+        if self._one is not None:
+            self._fit(self._one, self._amax, 0)
+        for differs, what in ((self._small, "too small"), (self._large, "too large")):
+            if differs.count:
+                yield Problem(scales.file, scales.name, differs.says_of_scales(what))
+
+    def _too_far(self, codes: TensorSpec) -> Iterator[Problem]:
+        """A weight that has lost more than the format takes, although its scales are in bounds:
+        they may be the smallest of a tool."""
+        if not self._squares:
+            return
+        relative = (self._error / self._squares) ** 0.5
+        most = largest_relative_error(self._squares_of_scales, self._squares)
+        if not relative <= most:
+            wrong = (
+                "the values are lost under the scales: expected a relative error of at most "
+                f"{most:.3g}, found {relative:.3g}"
+            )
+            yield Problem(codes.file, codes.name, wrong)
 
 
 def compare_bytes(

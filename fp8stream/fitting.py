@@ -71,12 +71,13 @@ class _Piece:
 @dataclass(frozen=True)
 class Fit:
     """`layers` stream the checkpoint into the model; `units` say of each layer's number with which
-    it belongs together, `tensors` of each such unit what it writes. `quantized` are the modules
-    that are FP8, and how."""
+    it belongs together, `tensors` of each such unit what it writes. `copied` says where a tensor
+    goes that is not quantized. `quantized` are the modules that are FP8, and how."""
 
     layers: tuple[LayerPlan, ...]
     units: Mapping[int, str]
     tensors: Mapping[str, frozenset[str]]
+    copied: Mapping[str, Sequence[Place]]
     quantized: Mapping[str, Granularity]
     warnings: tuple[str, ...]
 
@@ -104,14 +105,19 @@ def fit(
 ) -> Fit:
     """Fits the tensors of `plan`, quantized as `chosen`, to the model's `weights`.
 
-    If modules are FP8 already, `fixed` says how, and no other will be.
+    If modules are FP8 already, `fixed` says how, and no other will be. A weight that does not come
+    whole, or is tied to what cannot be FP8, stays as it is.
     """
     places = placement.by_target
+    unfit = _unfit(placement, weights)
     specs = {tensor.spec.name: tensor.spec for tensor in plan.tensors}
     sets = {t.spec.name: w.shared for t in plan.tensors for w in t.weights if w.shared}
     warnings: list[str] = []
     ready: dict[str, tuple[Weight, list[_Piece], Granularity]] = {}
     for weight in weights:
+        if weight.target in unfit and places.get(weight.target):
+            warnings.append(f"{weight.target} stays as it is: {unfit[weight.target]}")
+            continue
         if fixed:
             granularity = fixed.get(weight.module) if places.get(weight.target) else None
         else:
@@ -130,13 +136,25 @@ def fit(
     for target, (weight, pieces, granularity) in ready.items():
         if target not in gone:
             builder.add(weight, pieces, granularity)
-    taken = {piece.spec.name for t in ready if t not in gone for piece in ready[t][1]}
+    narrow = {t for t in ready if t not in gone} | {w.target for w in weights if w.module in fixed}
+    copied: dict[str, list[Place]] = {}
     for tensor in plan.tensors:
-        goes = placement.by_source.get(tensor.spec.name, ())
-        if tensor.spec.name not in taken and goes:
+        goes = [p for p in placement.by_source.get(tensor.spec.name, ()) if p.target not in narrow]
+        if goes:
             builder.keep(tensor, goes)
+            copied[tensor.spec.name] = goes
     layers, units = builder.layers()
-    return Fit(layers, units, builder.tensors(), modules, tuple(warnings))
+    return Fit(layers, units, builder.tensors(), copied, modules, tuple(warnings))
+
+
+def _unfit(placement: Placement, weights: Sequence[Weight]) -> dict[str, str]:
+    """The weights that cannot be FP8, whatever comes for them, and why."""
+    linear = {weight.target for weight in weights if not weight.experts}
+    why = {gap.target: "not all of it comes" for gap in placement.missing}
+    for name, filled in placement.ties.items():
+        if not {name, filled} <= linear:
+            why[filled] = f"it is tied to {name}"
+    return why
 
 
 def _granularity(

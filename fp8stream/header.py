@@ -14,8 +14,8 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -107,18 +107,27 @@ def read_header(path: Path) -> tuple[bytes, os.stat_result]:
 
     Raises CheckpointError where there is none.
     """
-    try:
-        with open_regular(path) as stream:
-            status = os.fstat(stream.fileno())
-            never_read_ahead(stream.fileno())
-            first = read_at_most(stream, min(8, status.st_size))
-            length = _header_length(path, first, status.st_size)
-            header = read_at_most(stream, length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with reading(path), open_regular(path) as stream:
+        status = os.fstat(stream.fileno())
+        never_read_ahead(stream.fileno())
+        first = read_at_most(stream, min(8, status.st_size))
+        length = _header_length(path, first, status.st_size)
+        header = read_at_most(stream, length)
     if len(header) != length:
         raise CheckpointError(f"{path}: shrank while its header was read; is it still downloading?")
     return header, status
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the system says of `path`, or of a file that it names, into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        where = shorten(str(error.filename or path))
+        raise CheckpointError(
+            f"{where}: cannot be read: {error.strerror or type(error).__name__}"
+        ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -40,7 +40,12 @@ class HeldTensors:
         self.tensors: dict[str, Tensor] = {}
 
     def hold(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor in, wherever it lies and however it is strided."""
+        """Takes a tensor in, wherever it lies and however it is strided.
+
+        Raises CheckpointError for one without values.
+        """
+        if tensor.is_meta:
+            raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
         self.tensors[name] = tensor.detach().cpu().contiguous()
 
     def read(self, spec: TensorSpec, reader: Shards) -> None:

@@ -7,6 +7,7 @@ cut short ends the journal there, and costs what it said and no more. Pure.
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,13 +95,14 @@ def _shown(value: Any) -> str:
 class Journal:
     """A journal as it was read: `layers` are half-open ranges of their numbers in the plan, `inode`
     that of the finished directory if it was about to be put in place, `written` the time of its
-    last file, `size` the bytes that hold whole lines."""
+    last file and `files` a digest of what was in it, `size` the bytes that hold whole lines."""
 
     fingerprint: Fingerprint
     layers: Ranges
     inode: int | None
     size: int
     written: int | None = None
+    files: str | None = None
 
     def done(self, count: int) -> frozenset[int]:
         """The numbers of the layers, of `count`, that are on disk. Raises OutputError."""
@@ -112,6 +114,11 @@ class Journal:
             found.update(range(max(begin, reached), end))
             reached = max(reached, end)
         return frozenset(found)
+
+
+def is_journal(begin: bytes) -> bool:
+    """Whether a file that begins so is a journal, if a damaged one or one of another version."""
+    return re.match(rb'[0-9a-f]{8} \{"journal":', begin) is not None
 
 
 def parse_journal(data: bytes) -> Journal:
@@ -135,11 +142,11 @@ def parse_journal(data: bytes) -> Journal:
     if not isinstance(first, dict) or first.pop("journal", None) != _FORMAT:
         raise OutputError("it is of another version")
     layers: list[tuple[int, int]] = []
-    inode = written = None
+    last: dict[str, Any] = {}
     for record in records:
         layers += _ranges_of(record)
-        inode, written = record.get("inode", inode), record.get("written", written)
-    return Journal(first, layers, inode, size, written)
+        last |= record
+    return Journal(first, layers, last.get("inode"), size, last.get("written"), last.get("files"))
 
 
 def _checked(line: bytes) -> bytes | None:
@@ -149,12 +156,11 @@ def _checked(line: bytes) -> bytes | None:
 
 
 def _ranges_of(record: object) -> list[tuple[int, int]]:
-    """Raises OutputError unless they are ranges of numbers, and an inode and a time numbers."""
+    """Raises OutputError unless a record holds what those that we write do."""
     known = record if isinstance(record, dict) else {"layers": None}
     layers, others = known.get("layers", []), [known.get(key, 0) for key in ("inode", "written")]
-    if {*map(type, others)} != {int} or not isinstance(layers, list):
-        raise OutputError("a line says what no run writes")
-    if not all(map(_is_range, layers)):
+    good = {*map(type, others)} == {int} and isinstance(known.get("files", ""), str)
+    if not good or not isinstance(layers, list) or not all(map(_is_range, layers)):
         raise OutputError("a line says what no run writes")
     return [(begin, end) for begin, end in layers]
 
@@ -175,10 +181,16 @@ def layers_line(numbers: Iterable[int]) -> bytes:
     return _line(json.dumps({"layers": _ranges(numbers)}).encode())
 
 
-def publishing_line(inode: int, written: int) -> bytes:
+def publishing_line(inode: int, written: int, files: str) -> bytes:
     """The line that comes before the finished directory, of that `inode`, is put in place; its last
-    file was `written` then, in nanoseconds: inodes are used again."""
-    return _line(json.dumps({"inode": inode, "written": written}).encode())
+    file was `written` then, in nanoseconds, as inodes are used again, and `files` is what
+    `files_digest` says of it."""
+    return _line(json.dumps({"inode": inode, "written": written, "files": files}).encode())
+
+
+def files_digest(sizes: Mapping[str, int]) -> str:
+    """A digest of the names and sizes of files, in any order."""
+    return _digest(f"{name}\0{size}" for name, size in sorted(sizes.items()))
 
 
 def _line(text: bytes) -> bytes:

@@ -5,6 +5,7 @@ stays where it is. Of a model that is spread over ranks each holds a part, and t
 what is its own, so that the parts put together are the whole to the bit.
 """
 
+import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from fp8stream.errors import CheckpointError
 from fp8stream.header import TensorSpec
 from fp8stream.places import Piece, Place, cut, reshaped, strides
 from fp8stream.reader import ShardReader
+from fp8stream.views import Runs
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,30 @@ class ModelSink:
         """Raises CheckpointError if any code of it came before."""
         held, into = self._into(name)
         values = torch.frombuffer(data, dtype=into.dtype)
-        first = offset // into.element_size()
+        self._write(name, held, into, offset // into.element_size(), values)
+
+    def _write(self, name: str, held: Held, into: Tensor, first: int, values: Tensor) -> None:
         if into.dtype == torch.uint8:
-            self._claim(name, held.part, first, len(values))
+            self._claim(name, math.prod(held.part.shape), first, len(values))
         held.part.take(into, first, values)
+
+    def write_runs(self, name: str, runs: Runs, data: memoryview) -> None:
+        """As `write`, for many runs of elements at once.
+
+        Runs of a tensor that begin at the same place between two steps are claimed together.
+        """
+        held, into = self._into(name)
+        values = torch.frombuffer(data, dtype=into.dtype).view(runs.count, runs.length)
+        if not held.part.is_whole:
+            for number, run in enumerate(values):
+                self._write(name, held, into, runs.first + number * runs.step, run)
+            return
+        if into.dtype == torch.uint8:
+            turn, at = runs.first // runs.step, runs.first % runs.step
+            key = f"{name}[{at}::{runs.step}]"
+            self._claim(key, into.numel() // runs.step, turn, runs.count)
+        flat = into.view(-1)[runs.first :]
+        flat.as_strided(values.shape, (runs.step, 1), flat.storage_offset()).copy_(values)
 
     def copy(
         self, name: str, offset: int, length: int, source: ShardReader, at: int, buffer: memoryview
@@ -225,10 +247,7 @@ class ModelSink:
                 staged[name] = held.values.clone()
             return held, staged[name]
 
-    def _claim(self, name: str, part: Part, first: int, count: int) -> None:
-        size = 1
-        for side in part.shape:
-            size *= side
+    def _claim(self, name: str, size: int, first: int, count: int) -> None:
         with self._lock:
             try:
                 self._came.setdefault(name, Coverage(size)).add(first, first + count)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fp8stream.errors import BudgetError
+from fp8stream.system import start_thread
 
 MIB = 1 << 20
 SMALLEST_SCRATCH = 128 * 128
@@ -38,6 +39,8 @@ ON_GPU = BufferSizes(16 * MIB, 4 * MIB, 2, 32 * MIB)
 # Quotients, what codes stand for, and two bytes: see comparison.py.
 TO_VERIFY = BufferSizes(4 * MIB, MIB // 2, 1, 4 * MIB, 10)
 
+# The least that no system counts to.
+_NO_SIZE = 1 << 63
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1 << 10 * power for power, unit in enumerate("KMGT", start=1)}
 
@@ -47,10 +50,12 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
     if not match or match[2] not in _UNITS:
         raise ValueError(f"{text!r} is not a size such as 256MiB, 5GB or 1048576")
-    size = int(float(match[1]) * _UNITS[match[2]])
-    if size <= 0:
+    size = float(match[1]) * _UNITS[match[2]]
+    if size >= _NO_SIZE:
+        raise ValueError(f"{text!r} is more than any file or memory has")
+    if size < 1:
         raise ValueError(f"{text!r} is not a positive size")
-    return size
+    return int(size)
 
 
 def format_size(size: float) -> str:
@@ -207,7 +212,7 @@ class PeakMeter:
         self._thread = threading.Thread(target=self._watch, name="fp8stream-memory", daemon=True)
 
     def __enter__(self) -> "PeakMeter":
-        self._thread.start()
+        start_thread(self._thread)
         self.baseline = self.peak = MemoryUsage.now()
         return self
 

@@ -7,9 +7,9 @@ unit, so that whoever holds on to their storage, as a captured graph does, sees 
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
 from fp8stream.coded import copy_layer, find_coded, is_of_activations, parted
-from fp8stream.device import find_devices, open_lane, running_out_of_memory
-from fp8stream.errors import CheckpointError, ReloadError
+from fp8stream.device import TORCH_DTYPES, find_devices, open_lane, running_out_of_memory
+from fp8stream.errors import CheckpointError, ReloadError, SchemeError
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, fit, granularities
 from fp8stream.header import Shard
@@ -36,6 +36,7 @@ from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
     become_fp8,
+    check_model,
     find_weights,
     finish,
     give_storage,
@@ -72,12 +73,13 @@ class LoadResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a model was loaded, and is loaded again."""
+    """How a model was loaded, and is loaded again; `whole` says that the load came to its end."""
 
     scheme: Scheme
     patterns: Patterns
     experts: ExpertOptions
     mapping: Mapping[str, Rule] | None
+    whole: bool = False
 
     def decide(self, checkpoint: Checkpoint) -> Decisions:
         return decide_tensors(checkpoint, self.scheme, self.patterns, self.experts)
@@ -129,6 +131,8 @@ def load_into(
         mapping,
     )
     where = find_devices(device)[0]
+    check_model(model)
+    _check_scheme(model, recipe)
     coming = _open(model, source, recipe)
     fitted = coming.fit(model, recipe)
     if coming.is_known:
@@ -138,18 +142,20 @@ def load_into(
         group = Group(tp_rank, tp_size)
         ours = spread(model, fitted.quantized, coming.placement.ties, group, tp_plan)
     fitted = trimmed(fitted, ours.parts)
-    with PeakMeter() as meter, torch.no_grad():
-        become_fp8(model, fitted.quantized)
+    # What is made on the way lies on the host, whatever device the caller is in the context of.
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
+        become_fp8(model, fitted.quantized, coming.placement.ties)
         ours.apply(model)
-        give_storage(model, where)
-        sink = ModelSink(_held(model), coming.placement.by_source, coming.specs)
+        object.__setattr__(model, _RECIPE, recipe)
+        give_storage(model, where, spoil=not strict)
+        sink = ModelSink(_held(model), fitted.copied, coming.specs)
         read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
         read -= sink.passed_over
         missing = [*coming.missing(), *finish(model, coming.placement, where)]
         meter.sample()
     if missing and strict:
         raise CheckpointError(_not_all(missing))
-    object.__setattr__(model, _RECIPE, recipe)
+    object.__setattr__(model, _RECIPE, replace(recipe, whole=True))
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
@@ -174,8 +180,9 @@ def reload(
     midway.
     """
     recipe = getattr(model, _RECIPE, None)
-    if not isinstance(recipe, _Recipe):
+    if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
+    check_model(model)
     held = _held(model)
     parts = parts_of(model)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
@@ -185,8 +192,8 @@ def reload(
     if partial and strict and coming.is_known:
         raise CheckpointError(_not_all(partial))
     units = {name: unit for unit, names in fitted.tensors.items() for name in names}
-    sink = ModelSink(held, coming.placement.by_source, coming.specs, fitted.units, units)
-    with PeakMeter() as meter, torch.no_grad():
+    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, units)
+    with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         try:
             read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
             read -= sink.passed_over
@@ -196,7 +203,8 @@ def reload(
             raise ReloadError(f"{error}; {what}", new) from error
         meter.sample()
     old = sorted({*fitted.tensors} - sink.changed | {*coming.missing()})
-    return _result(model, coming, fitted, old, read, meter)
+    stale = f"{_some(old)} did not come, or not whole: they keep their weights"
+    return _result(model, coming, fitted, old, read, meter, [stale] if old else [])
 
 
 def quantize_model(
@@ -211,6 +219,8 @@ def quantize_model(
 
     A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does.
     """
+    if granularities_of(model):
+        raise CheckpointError("quantize_model: the model is FP8 already; fp8stream.reload loads it")
     device = next((tensor.device for tensor in stored_tensors(model).values()), torch.device("cpu"))
     return load_into(
         model,
@@ -366,7 +376,9 @@ class _FromTensors(_Coming):
         super().__init__(model, checkpoint, recipe)
         if self.coded:
             raise CheckpointError("tensors in FP8 are loaded from a directory or a file alone")
-        self._model, self._original = model, original_tensors(model)
+        # Without their storage: a layer's own weight is let go once it is quantized.
+        self._original = _without_storage(original_tensors(model))
+        self._model = model
         self._names = {_where(places): n for n, places in self.placement.by_source.items()}
         self._came: set[str] = set()
 
@@ -379,14 +391,16 @@ class _FromTensors(_Coming):
         progress: Progress,
     ) -> int:
         held, read = HeldTensors(), 0
+        quantized = {w.spec.name for layer in fitted.layers for w in layer.weights}
         waiting = Waiting(fitted.layers, self.placement.composed)
         space = plan_workspace(waiting.demand(), budget, 1, int(device.type == "cuda"))
-        with running_out_of_memory(), torch.inference_mode():
-            lane = open_lane(space, device)
+        with running_out_of_memory():
+            with torch.inference_mode():
+                lane = open_lane(space, device)
             with Worker(lane, space.slab_bytes, held, sink, Clock(), Event()) as worker:
                 for given, tensor in self._source:
                     name = self._known(given, tensor)
-                    if not self._take(name, tensor):
+                    if not self._take(name, tensor, quantized):
                         continue
                     if not waiting.is_for(name):
                         continue  # of experts that other ranks have
@@ -394,7 +408,11 @@ class _FromTensors(_Coming):
                     read += self.specs[name].nbytes
                     layers, composed = waiting.ready(name)
                     for layer in layers:
-                        for done in worker.work(Task((with_specs(layer, self.specs),))):
+                        task = Task((with_specs(layer, self.specs),))
+                        # The source's own tensors are none of inference mode's.
+                        with torch.inference_mode():
+                            finished = list(worker.work(task))
+                        for done in finished:
                             progress(done)
                     for each in composed:
                         sink.put(each.convert(held.tensors))
@@ -409,7 +427,7 @@ class _FromTensors(_Coming):
         found = find_places(self._model, shapes, None, self._original).by_source.get(name, ())
         return self._names.get(_where(found), name) if found else name
 
-    def _take(self, name: str, tensor: Tensor) -> bool:
+    def _take(self, name: str, tensor: Tensor, quantized: Container[str]) -> bool:
         """Whether anything waits for the tensor. Raises CheckpointError for one that is wrong."""
         if name not in self.specs:
             self.unexpected.append(name)
@@ -423,6 +441,11 @@ class _FromTensors(_Coming):
             )
         self._came.add(name)
         self.specs[name] = spec_of(name, tensor)
+        if name in quantized and self.specs[name].dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"tensor {name!r}: expected a weight in {', '.join(TORCH_DTYPES)}, found "
+                f"{self.specs[name].dtype}; cast it, or keep the layer with ignore"
+            )
         return bool(self.placement.by_source.get(name)) or any(
             name in composed.sources for composed in self.placement.composed
         )
@@ -431,6 +454,12 @@ class _FromTensors(_Coming):
         lost = [name for name in self.specs if name not in self._came]
         targets = {p.target for n in lost for p in self.placement.by_source.get(n, ())}
         return sorted({*super().missing(), *targets})
+
+
+def _without_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on meta, under one name or several as they are."""
+    bare = {id(tensor): tensor.detach().to("meta") for tensor in tensors.values()}
+    return {name: bare[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _where(places: Sequence[Place]) -> frozenset[tuple[str, Region]]:
@@ -456,11 +485,23 @@ def _require(placement: Placement, strict: bool) -> None:
 
 
 def _not_all(missing: Sequence[str]) -> str:
-    more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-    return (
-        f"not all of the model comes: missing {', '.join(missing[:10])}{more}; give the rest, or "
-        "strict=False"
-    )
+    return f"not all of the model comes: missing {_some(missing)}; give the rest, or strict=False"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
+
+
+def _check_scheme(model: nn.Module, recipe: _Recipe) -> None:
+    """Raises SchemeError for a model that is FP8 already, and otherwise than `recipe` says."""
+    known = getattr(model, _RECIPE, recipe)
+    if granularities_of(model) and known.scheme != recipe.scheme:
+        before, after = (r.scheme.granularity.value for r in (known, recipe))
+        raise SchemeError(
+            f"scheme {after!r}: the model's weights are {before} already; begin with a new "
+            "skeleton, or give it other weights with fp8stream.reload"
+        )
 
 
 def _result(
@@ -470,10 +511,10 @@ def _result(
     missing: Sequence[str],
     read: int,
     meter: PeakMeter,
-    more: Sequence[str] = (),
+    more_warnings: Sequence[str] = (),
 ) -> LoadResult:
     quantized = tuple(sorted(granularities_of(model)))
-    warnings = [*coming.decided.warnings, *fitted.warnings, *more]
+    warnings = [*coming.decided.warnings, *fitted.warnings, *more_warnings, *_useless(coming)]
     if not quantized:
         warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
     fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}
@@ -486,6 +527,17 @@ def _result(
         read,
         meter.peak.anonymous - meter.baseline.anonymous,
     )
+
+
+def _useless(coming: _Coming) -> Iterator[str]:
+    """What was given and is of no use."""
+    placement = coming.placement
+    if placement.unused:
+        yield f"mapping: {_some(placement.unused)} matches no name of the source"
+    if placement.leftover:
+        yield f"mapping: {_some([str(gap) for gap in placement.leftover])} goes nowhere"
+    if placement.stranded:
+        yield f"{_some(placement.stranded)}: of no use without others that did not come"
 
 
 def _bytes(budget: str | int) -> int:

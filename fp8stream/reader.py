@@ -15,8 +15,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
-from fp8stream.errors import CheckpointError
-from fp8stream.header import Shard, TensorSpec
+from fp8stream.errors import CheckpointError, SourceChangedError
+from fp8stream.header import Shard, TensorSpec, reading
 from fp8stream.system import cached_pages, drop_cached, is_memory_backed
 from fp8stream.views import Runs
 
@@ -38,30 +38,34 @@ class Reader:
     """Opens the shards of one checkpoint. Thread-safe: it keeps no position and no open file."""
 
     def __init__(self, directory: Path, shards: tuple[Shard, ...]) -> None:
+        """Raises CheckpointError if the directory cannot be looked at."""
         self._directory = directory
         self._shards: Mapping[str, Shard] = {shard.name: shard for shard in shards}
-        self._in_memory = is_memory_backed(directory)
+        with reading(directory):
+            self._in_memory = is_memory_backed(directory)
         self._warm: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
     @contextmanager
     def open(self, file: str) -> Iterator["ShardReader"]:
-        """The shard `file`. Raises CheckpointError if it changed since its header was read."""
+        """The shard `file`. Raises CheckpointError if it cannot be read, or changed since its
+        header was."""
         path = self._directory / file
         shard = self._shards[file]
-        try:
+        with reading(path):
             # A FIFO that took the shard's place is refused below instead of waited for.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
         try:
-            _check_unchanged(descriptor, path, shard)
-            warm = self._warm_windows(descriptor, shard)
+            with reading(path):
+                _check_unchanged(descriptor, path, shard)
+                warm = self._warm_windows(descriptor, shard)
             yield ShardReader(descriptor, path, file, warm)
             # Once more, for what was written while we read.
-            _check_unchanged(descriptor, path, shard)
+            with reading(path):
+                _check_unchanged(descriptor, path, shard)
         finally:
-            os.close(descriptor)
+            with reading(path):
+                os.close(descriptor)
 
     def _warm_windows(self, descriptor: int, shard: Shard) -> bytes:
         """For each window of the file, 1 if any of it was in memory before it was read here."""
@@ -93,7 +97,7 @@ def _check_unchanged(descriptor: int, path: Path, shard: Shard) -> None:
     status = os.fstat(descriptor)
     if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
         difference = _difference(status, shard)
-        raise CheckpointError(
+        raise SourceChangedError(
             f"{path}: changed since its header was read: {difference}; let what writes it finish, "
             "then run again"
         )
@@ -159,7 +163,7 @@ class ShardReader:
                     f"{error.strerror}"
                 ) from error
             if not count:
-                raise CheckpointError(
+                raise SourceChangedError(
                     f"{self.path}: tensor {name!r}: the file ends at byte {offset + done}, expected"
                     f" {offset + len(buffer)}; it shrank while it was read"
                 )

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fp8stream.system import start_thread
+
 # Seconds between records, or so many times what the last one took: a slow disk has other work.
 _INTERVAL = 0.25
 _PATIENCE = 10
@@ -32,7 +34,7 @@ class Recorder:
         self._thread = threading.Thread(target=self._watch, name="fp8stream-recorder", daemon=True)
 
     def __enter__(self) -> "Recorder":
-        self._thread.start()
+        start_thread(self._thread)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -64,7 +64,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found. `planned` is the sum of the buffers, in bytes."""
+    """What `verify` found. `planned` is the sum of the buffers, in bytes; `not_compared` names
+    tensors, `added_files` the files that are not either."""
 
     output: str
     exact: bool
@@ -77,6 +78,7 @@ class Verdict:
     problems: tuple[Problem, ...]
     layers: tuple[LayerError, ...]
     not_compared: tuple[str, ...]
+    added_files: tuple[str, ...]
 
     @property
     def host_bytes(self) -> int:
@@ -380,7 +382,7 @@ def verdict_json(verdict: Verdict) -> dict[str, Any]:
         },
         "problems": [asdict(problem) for problem in verdict.problems],
         "layers": [asdict(layer) for layer in verdict.layers],
-        "not_compared": list(verdict.not_compared),
+        "not_compared": [*verdict.not_compared, *verdict.added_files],
     }
 
 
@@ -414,9 +416,13 @@ def _verdict_rows(verdict: Verdict) -> list[tuple[str, str]]:
         ("peak memory", f"{format_size(verdict.host_bytes)} over the baseline, planned {planned}"),
         ("problems", f"{len(verdict.problems):,}" if verdict.problems else "none"),
     ]
-    if verdict.not_compared:
-        count, first = len(verdict.not_compared), verdict.not_compared[0]
-        rows.append(("not compared", f"{count:,} tensors without a source, such as {first}"))
+    for names, one, what in (
+        (verdict.not_compared, "tensor", "without a source"),
+        (verdict.added_files, "file", "that the source does not have"),
+    ):
+        if names:
+            count = f"{len(names):,} {one}{'s' if len(names) > 1 else ''}"
+            rows.append(("not compared", f"{count} {what}, such as {escape(names[0])}"))
     return rows
 
 

@@ -9,21 +9,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from fp8stream.conversions import wider
+from fp8stream.errors import CheckpointError, DeviceError
 from fp8stream.fitting import Weight
 from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
 from fp8stream.live import Part
 from fp8stream.mapping import Placement, model_tensors
 from fp8stream.scheme import Granularity
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises CheckpointError or DeviceError for a model that nothing can be loaded into."""
+    for name, module in model.named_modules():
+        if "_hf_hook" in vars(module):
+            raise DeviceError(
+                f"{name or 'the model'}: was spread over devices by accelerate, whose hooks would "
+                "move what is loaded; load first, then spread it"
+            )
+        for leaf, tensor in _own(module):
+            if is_lazy(tensor):
+                raise CheckpointError(
+                    f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
+                )
 
 
 def find_weights(model: nn.Module) -> list[Weight]:
     """The weights of linear layers and experts that can be FP8, or are."""
     found: list[Weight] = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear or isinstance(module, FP8Linear):
+    for name, module in model.named_modules(remove_duplicate=False):
+        plain = type(module) is nn.Linear and "forward" not in vars(module)
+        if plain or isinstance(module, FP8Linear):
+            assert isinstance(module, nn.Linear | FP8Linear)
             shape = module.out_features, module.in_features
             found.append(Weight(name, "weight", "weight_scale", shape))
             continue
@@ -61,11 +90,15 @@ def original_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = model_tensors(model)
     for name, part in parts_of(model).items():
         tensors[name] = torch.empty(part.of, dtype=tensors[name].dtype, device="meta")
+    tied: dict[int, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         at = f"{name}." if name else ""
         if isinstance(module, FP8Linear):
             del tensors[f"{at}weight_scale"]
-            tensors[f"{at}weight"] = _meta((module.out_features, module.in_features))
+            bare = tied.setdefault(
+                id(module.weight), _meta((module.out_features, module.in_features))
+            )
+            tensors[f"{at}weight"] = bare
         elif isinstance(module, FP8Experts):
             for parameter, (rows, columns) in zip(
                 module.form.weights, module.form.shapes, strict=True
@@ -113,17 +146,41 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     return model_tensors(model)
 
 
-def become_fp8(model: nn.Module, quantized: Mapping[str, Granularity]) -> None:
-    """Puts FP8 modules, their weights on meta, in the places of those that are `quantized`."""
+def become_fp8(
+    model: nn.Module, quantized: Mapping[str, Granularity], ties: Mapping[str, str]
+) -> None:
+    """Puts FP8 modules, their weights on meta, in the places of those that are `quantized`.
+
+    What is tied to one of their weights, as `ties` lead from name to name, shares its codes.
+    """
     for name, granularity in quantized.items():
         module = model.get_submodule(name)
-        new: nn.Module
-        if isinstance(module, nn.Linear):
-            new = FP8Linear.on_meta_like(module, granularity)
-        else:
-            new = FP8Experts.on_meta_like(module, granularity)
-        for hooks in _HOOKS:
-            getattr(new, hooks).update(getattr(module, hooks))
+        if not isinstance(module, FP8Linear | FP8Experts):
+            _replace(model, module, _fp8_like(module, granularity))
+    for name, filled in ties.items():
+        module, whole = (model.get_submodule(n.rpartition(".")[0]) for n in (name, filled))
+        if isinstance(whole, FP8Linear) and type(module) is nn.Linear:
+            new = _fp8_like(module, whole.granularity)
+            new.weight, new.weight_scale = whole.weight, whole.weight_scale
+            _replace(model, module, new)
+
+
+def _fp8_like(module: nn.Module, granularity: Granularity) -> nn.Module:
+    """An FP8 module for `module`, with its hooks: the same ones, so that their handles hold."""
+    kind = FP8Linear if isinstance(module, nn.Linear) else FP8Experts
+    new = kind.on_meta_like(module, granularity)
+    for hooks in _HOOKS:
+        setattr(new, hooks, getattr(module, hooks))
+    for key, value in vars(module).items():
+        if key not in vars(new):
+            setattr(new, key, value)
+    return new
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever `old` is."""
+    names = [n for n, module in model.named_modules(remove_duplicate=False) if module is old]
+    for name in names:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, new)
 
@@ -133,18 +190,28 @@ def storage(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
 
 
-def give_storage(model: nn.Module, device: torch.device) -> None:
-    """Gives whatever of the model lies on meta storage on `device`, ties staying ties.
+def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) -> None:
+    """Gives whatever of the model lies on meta storage on `device`; ties and aliases stay that.
 
-    Buffers that no checkpoint holds wait for `finish`.
+    Buffers that no checkpoint holds wait for `finish`. Dtypes are those of the skeleton, but for
+    what transformers would keep in float32. With `spoil` storage begins as NaN, so that whatever
+    nothing comes for shows.
     """
     given: dict[int, Tensor] = {}
-    for module in model.modules():
+    bases: dict[int, Tensor] = {}
+    aliased = _aliased(model)
+    for path, module in model.named_modules():
         for name, tensor in _own(module):
-            if not tensor.is_meta or name in module._non_persistent_buffers_set:
+            place = tensor.untyped_storage()._cdata
+            if not tensor.is_meta or (_unsaved(module, name) and place not in aliased):
                 continue
             if id(tensor) not in given:
-                new = storage(tensor, device)
+                if place in aliased:
+                    new = _view(tensor, bases, device)
+                else:
+                    new = storage(_wide(tensor, model, f"{path}.{name}"), device)
+                if spoil:
+                    _spoil(new)
                 if isinstance(tensor, nn.Parameter):
                     grad = tensor.requires_grad and tensor.is_floating_point()
                     new = _parameter_like(tensor, new, grad)
@@ -152,8 +219,49 @@ def give_storage(model: nn.Module, device: torch.device) -> None:
             _put(module, name, given[id(tensor)])
 
 
+def _unsaved(module: nn.Module, name: str) -> bool:
+    return name in module._non_persistent_buffers_set
+
+
+def _aliased(model: nn.Module) -> set[int]:
+    """The storages on meta that several tensors look at, one of them to be loaded."""
+    seen: dict[int, dict[int, bool]] = {}
+    for module in model.modules():
+        for name, tensor in _own(module):
+            if tensor.is_meta:
+                views = seen.setdefault(tensor.untyped_storage()._cdata, {})
+                views[id(tensor)] = not _unsaved(module, name)
+    return {at for at, views in seen.items() if len(views) > 1 and any(views.values())}
+
+
+def _view(tensor: Tensor, bases: dict[int, Tensor], device: torch.device) -> Tensor:
+    """What `tensor` sees of its storage, which is given once to all that look at it."""
+    own = tensor.untyped_storage()
+    if own._cdata not in bases:
+        like = torch.empty(own.nbytes(), dtype=torch.uint8, device="meta")
+        bases[own._cdata] = storage(like, device)
+    base = bases[own._cdata].untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _spoil(tensor: Tensor) -> None:
+    """Fills the tensor with NaN, or, where its dtype has none, with zeros."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        tensor.view(torch.uint8).fill_(0x7F)
+    else:
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+
+
+def _wide(tensor: Tensor, model: nn.Module, name: str) -> Tensor:
+    """A tensor on meta in the dtype that `from_pretrained` would give it."""
+    if tensor.dtype not in (torch.bfloat16, torch.float16):
+        return tensor
+    return tensor.to(wider(model, tensor.dtype)(name))
+
+
 def _parameter_like(old: nn.Parameter, new: Tensor, requires_grad: bool) -> nn.Parameter:
-    parameter = nn.Parameter(new, requires_grad=requires_grad)
+    parameter: nn.Parameter = torch.Tensor._make_subclass(type(old), new, requires_grad)
     parameter.__dict__.update(old.__dict__)
     return parameter
 
@@ -180,7 +288,11 @@ def finish(model: nn.Module, placement: Placement, device: torch.device) -> list
     """
     for name, filled in placement.ties.items():
         _tie(model, name, filled)
-    return [name for name, module in _waiting(model) if not _compute(model, name, module, device)]
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in _waiting(model)
+        for name in _compute(model, module, device)
+    ]
 
 
 def _tie(model: nn.Module, name: str, filled: str) -> None:
@@ -204,18 +316,26 @@ def _waiting(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _compute(model: nn.Module, name: str, module: nn.Module, device: torch.device) -> bool:
-    """Has the model compute the buffers of one of its modules; whether it can."""
+def _compute(model: nn.Module, module: nn.Module, device: torch.device) -> list[str]:
+    """Has the model compute the buffers of one of its modules: the names of those that it cannot.
+
+    Twice, over different content: what differs afterwards is what nobody wrote.
+    """
+    names = [n for n, t in _own(module) if t.is_meta and _unsaved(module, n)]
     initialize = getattr(model, "_init_weights", None)
     if initialize is None:
-        return False
-    for parameter in module.parameters(recurse=False):
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    for key, tensor in list(module._buffers.items()):
-        if tensor is not None and tensor.is_meta:
-            # A NaN that is left is a buffer that nobody computed.
-            new = storage(tensor, device)
-            module._buffers[key] = new.fill_(float("nan")) if new.is_floating_point() else new
-    initialize(module)
-    floats = (b for b in module._buffers.values() if b is not None and b.is_floating_point())
-    return not any(bool(torch.isnan(buffer).any()) for buffer in floats)
+        return names
+    for tensor in (*module.parameters(), *module.buffers()):
+        # This is how transformers knows what is loaded.
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name in names:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = storage(buffer, device)
+    made: list[list[Tensor]] = []
+    for value in (0, 1):
+        for name in names:
+            module.get_buffer(name).fill_(value)
+        initialize(module)
+        made.append([module.get_buffer(name).clone() for name in names])
+    return [n for n, one, two in zip(names, *made, strict=True) if not torch.equal(one, two)]

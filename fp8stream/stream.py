@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.clock import Clock, Stage
 from fp8stream.device import TORCH_DTYPES, Lane, Slot, bytes_of, open_lane, running_out_of_memory
-from fp8stream.errors import CheckpointError, WeightError
+from fp8stream.errors import SourceChangedError, WeightError
 from fp8stream.fp8 import is_finite, weight_scale
 from fp8stream.layerwise import Layer, build_skeleton
 from fp8stream.memory import Workspace
@@ -53,6 +53,14 @@ class Sink(Protocol):
 
     def finished(self, layer: int) -> None:
         """Everything of the layer with this number came."""
+
+
+@runtime_checkable
+class RunsSink(Protocol):
+    """A sink that takes many runs of a tensor at once, as rows that alternate with others."""
+
+    def write_runs(self, name: str, runs: Runs, data: memoryview) -> None:
+        """Takes `data` for the runs of elements of the tensor `name`, one after another."""
 
 
 def stream_layers(
@@ -233,6 +241,9 @@ class Worker:
 
     def _write_runs(self, name: str, runs: Runs, data: memoryview, itemsize: int) -> None:
         """Writes `data` to the runs of elements of output tensor `name`, one after another."""
+        if runs.count > 1 and isinstance(self._sink, RunsSink):
+            self._sink.write_runs(name, runs, data)
+            return
         size = runs.length * itemsize
         for run in range(runs.count):
             at = (runs.first + run * runs.step) * itemsize
@@ -249,7 +260,7 @@ class Worker:
         self._in_flight.clear()
         for slab in batch.slabs:
             self._refuse_non_finite(slab.weight)
-        raise CheckpointError(
+        raise SourceChangedError(
             f"{batch.slabs[0].weight.spec.file}: tensor {batch.slabs[0].weight.spec.name!r}: "
             "changed while it was read; let what writes it finish, then run again"
         )

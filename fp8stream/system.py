@@ -4,9 +4,12 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from fp8stream.errors import ThreadError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -41,6 +44,14 @@ def exchange(one: Path, other: Path, aside: Path) -> None:
     except OSError:
         aside.rename(other)
         raise
+
+
+def start_thread(thread: threading.Thread) -> None:
+    """Raises ThreadError where the system has a limit on threads, and it is reached."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise ThreadError(f"{error}: a limit of the system; give fewer --threads") from error
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

@@ -18,13 +18,13 @@ from fp8stream.checkpoint import Checkpoint
 from fp8stream.comparison import Comparer
 from fp8stream.device import TORCH_DTYPES, Slot, bytes_of, open_lane
 from fp8stream.errors import CheckpointError
-from fp8stream.evidence import file_problems, open_output
+from fp8stream.evidence import added_files, file_problems, open_output
 from fp8stream.expectation import Expectation, LayerError, Problem
 from fp8stream.experts import ExpertLayout
 from fp8stream.findings import Difference, WeightSums, compare_bytes, same_bits
 from fp8stream.foreign import expect_foreign
 from fp8stream.fp8 import is_finite, weight_scale
-from fp8stream.header import TensorSpec
+from fp8stream.header import TensorSpec, reading
 from fp8stream.memory import TO_VERIFY, Workspace, plan_workspace
 from fp8stream.output import is_unfinished
 from fp8stream.plan import Batch, Slab, Task, demand_of, tasks_of
@@ -57,7 +57,8 @@ Sums = dict[str, WeightSums]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that a run compares. `exact` says that values must be equal to the bit."""
+    """Everything that a run compares. `exact` says that values must be equal to the bit;
+    `added_files` are the user's, which are not compared."""
 
     source: Checkpoint
     output: Checkpoint
@@ -65,6 +66,7 @@ class Comparison:
     exact: bool
     workspace: Workspace
     problems: tuple[Problem, ...]
+    added_files: tuple[str, ...] = ()
 
     @property
     def bytes_read(self) -> int:
@@ -93,7 +95,9 @@ def prepare(
             f"{source.path}: already quantized ({source.quantized_as}); expected the checkpoint in "
             "BF16, F16 or F32 that the output was made from"
         )
-    if is_unfinished(Path(output)):
+    with reading(Path(output)):
+        unfinished = is_unfinished(Path(output))
+    if unfinished:
         raise CheckpointError(f"{output}: an unfinished run's; run quantize to its end first")
     there = open_output(output)
     expect = expect_ours if there.ours else expect_foreign
@@ -104,6 +108,8 @@ def prepare(
         *file_problems(there, source, expectation.config),
         *expectation.problems,
     )
+    if not (weights or problems):
+        problems = (Problem("", "", "not quantized: there are no FP8 weights with scales in it"),)
     return Comparison(
         source,
         there.checkpoint,
@@ -111,6 +117,7 @@ def prepare(
         there.ours,
         plan_workspace(demand, budget, threads, on_cpu=TO_VERIFY),
         problems,
+        added_files(there, source),
     )
 
 
@@ -242,6 +249,8 @@ class _Checker:
             groups = slice(group, group + height)
             each.finite &= is_finite(amax[groups])
             each.add_scales(stored[groups], due[groups] if due is not None else None, slab)
+            if not self._exact:
+                each.fit_scales(stored[groups], amax[groups], slab)
             row, group = row + slab.rows, group + height
         return amax
 

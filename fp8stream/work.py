@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from fp8stream.plan import Batch
 from fp8stream.reader import ShardReader, Shards
+from fp8stream.system import start_thread
 
 Task = TypeVar("Task")
 Event = TypeVar("Event")
@@ -57,7 +58,7 @@ def run_workers(
     ]
     try:
         for thread in threads:
-            thread.start()
+            start_thread(thread)
         yield from _until_done(events, len(threads))
     finally:
         stop.set()

@@ -9,8 +9,8 @@ import shutil
 import stat
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -220,8 +220,13 @@ class CheckpointWriter:
             finally:
                 os.close(copy)
 
-    def commit(self, config: Mapping[str, Any]) -> None:
-        """Checks that all is there, adds the index and config.json, and publishes.
+    def commit(
+        self,
+        config: Mapping[str, Any],
+        placing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Checks that all is there, adds the index and config.json, and publishes, the one step of
+        which is made inside of `placing`.
 
         Raises OutputError; the output then does not exist, or is what it was.
         """
@@ -234,7 +239,7 @@ class CheckpointWriter:
                 write_file(self._content / INDEX_NAME, index_bytes(self._files))
             write_file(self._content / "config.json", config_bytes(config))
             self._give_back()
-            self._directory.publish()
+            self._directory.publish(placing)
 
     def _give_back(self) -> None:
         """Frees the pages of the files, which the check read into memory again."""

@@ -245,7 +245,8 @@ class World:
         return [f"going on: {what}" for what in wrong + self.complaints()]
 
     def _holds_any(self, name: str) -> bool:
-        return any((self.place / name).iterdir())
+        """Whether more is in there than the lock, which goes last of all."""
+        return any(path.name != "lock" for path in (self.place / name).iterdir())
 
 
 def _wait(child: int, until: float) -> int | None:

@@ -108,7 +108,8 @@ def codes(call: Call, fault: Fault) -> set[int]:
         return {-signal.SIGKILL, 0}
     if fault.action is Action.SIGNAL:
         return {128 + fault.value, 0}
-    harmless = fault.value == errno.EINTR or (call.kind, fault.value) in {
+    interrupted = fault.value == errno.EINTR and call.kind in _INTERRUPTIBLE
+    harmless = interrupted or (call.kind, fault.value) in {
         (Kind.COPY, errno.EINVAL),
         (Kind.EXCHANGE, errno.EINVAL),
         (Kind.RANGE, errno.EINVAL),
@@ -174,12 +175,14 @@ class Disturbed:
     def disturb(self, call: Call, name: str, fault: Fault, tally: Tally) -> None:
         """One case: the run with the fault, what it leaves, and the run after it."""
         self.prepare()
-        outcome = self.world.run(fault, *self.setting.more)
-        wrong = outcome.complaints(codes(call, fault)) + self.world.complaints()
+        outcome = self.world.run(fault, *self.setting.more, note=True)
+        # With a recorder at work not every run makes its calls in the same order.
+        hit = next((c for c in read_log(self.world.log) if c.number == fault.first), call)
+        wrong = outcome.complaints(codes(hit, fault)) + self.world.complaints()
         wrong += self._of_the_end(outcome, fault, tally)
         wrong += [] if outcome.code == 0 and not self.world.left() else self.world.going_on()
-        path = call.path.removeprefix(str(self.world.below))
-        what = f"{self.setting.name}, call {call.number} ({call.kind.name} {path}), {name}"
+        path = hit.path.removeprefix(str(self.world.below))
+        what = f"{self.setting.name}, call {hit.number} ({hit.kind.name} {path}), {name}"
         tally.add(what, wrong, _ended(outcome))
 
     def _of_the_end(self, outcome: Outcome, fault: Fault, tally: Tally) -> list[str]:

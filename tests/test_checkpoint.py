@@ -1,5 +1,6 @@
 """What makes a checkpoint: directories, indexes, single files, links, and the files beside them."""
 
+import errno
 import json
 import math
 import os
@@ -368,6 +369,31 @@ def test_a_weight_that_is_not_copied_is_named(name: str, tmp_path: Path) -> None
     (directory / name).write_bytes(b"")
     (warning,) = open_checkpoint(directory).warnings
     assert name in warning
+
+
+@pytest.mark.parametrize("below", ["", "sub"])
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES])
+def test_a_directory_that_cannot_be_listed_loses_no_side_file_in_silence(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, below: str, code: int
+) -> None:
+    """One below that we may not look into is left, with a warning."""
+    source = write_checkpoint(tmp_path / "in", llama_tensors())
+    (source / "tokenizer.json").write_text("{}")
+    (source / "sub").mkdir()
+    real = os.scandir
+
+    def scandir(path: str | Path) -> object:
+        if Path(path) == source / below:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    done = run("quantize", source, tmp_path / "out")
+    if below and code == errno.EACCES:
+        assert (done.code, "not copied to the output: sub/" in done.err) == (0, True), done
+    else:
+        assert (done.code, len(done.err.splitlines())) == (1, 1), done
+        assert f"{source / below}: cannot be read: {os.strerror(code)}" in done.err
 
 
 def test_the_old_index_is_not_copied(tmp_path: Path, run: Runner) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from fp8stream import cli
+from fp8stream.stream import LayerDone
 from tests.conftest import Run, llama_tensors, write_checkpoint
 
 Runner = Callable[..., Run]
@@ -171,6 +172,33 @@ def test_stdout_alone_is_the_path(llama: Path) -> None:
 def test_a_stderr_that_is_closed_does_not_stop_a_run(llama: Path) -> None:
     done = shell("fp8stream quantize llama o 2>&-", llama.parent)
     assert (done.returncode, done.stdout) == (0, "o\n")
+
+
+def test_streams_that_are_closed_are_not_what_a_run_opens_next(llama: Path) -> None:
+    """A line for the eye would go there; and no lock is given back by whoever prints one."""
+    python = (
+        "import os, sys; from fp8stream import cli, writer; commit = writer.CheckpointWriter.commit"
+        "\ndef look(*arguments):\n"
+        "    open('streams', 'w').write(' '.join(map(os.readlink, "
+        "map('/proc/self/fd/{}'.format, range(3)))))\n"
+        "    commit(*arguments)\n"
+        "writer.CheckpointWriter.commit = look; cli.run()"
+    )
+    (llama.parent / "script").write_text(python)
+    done = shell(f"{sys.executable} script quantize llama o <&- >&- 2>&-", llama.parent)
+    assert done.returncode == 0
+    assert (llama.parent / "streams").read_text() == " ".join(["/dev/null"] * 3)
+
+
+def test_a_line_before_anything_was_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cli, "_tell", told.append)
+    lines = cli._Lines(10, 0)
+    for size in (0, 5):
+        time.sleep(0.001)
+        lines(LayerDone("layer", size, size))
+    assert [line.partition(":")[0] for line in told] == ["50 %"]
 
 
 def ignore_sigint() -> None:
@@ -385,25 +413,114 @@ def test_a_dry_run_tells_what_would_be_refused(run: Runner, llama: Path) -> None
     assert "SOURCE itself" in done.err
 
 
-@pytest.mark.parametrize("where", ["OutputDirectory.publish", "exchange"])
-def test_a_signal_while_the_output_is_put_in_place_comes_too_late(
-    tmp_path: Path, llama: Path, where: str
-) -> None:
-    output = tmp_path / "out"
-    late = (
-        "import os, signal, sys, time; from fp8stream import cli, output\n"
-        f"call = output.{where}\n"
-        "def signalled(*paths):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1); call(*paths)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(0.1)\n"
-        f"output.{where} = signalled; sys.exit(cli.main(sys.argv[1:]))"
+def signalled(
+    where: str, before: str, llama: Path, output: Path, *options: str, start: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """A run that executes `start`, and `before` when it first calls `where`; what came of it.
+
+    There `send(NAME)` sends it a signal, and leaves the time in which to answer.
+    """
+    code = (
+        "import os, shutil, signal, sys, time\n"
+        f"from fp8stream import cli, output, recorder, stream, writer\n{start}\n"
+        "def send(name): os.kill(os.getpid(), getattr(signal, name)); time.sleep(0.2)\n"
+        f"call, called = {where}, []\n"
+        "def wrapped(*arguments, **options):\n"
+        "    if not called:\n"
+        f"        called.append(1); {before}\n"
+        "    return call(*arguments, **options)\n"
+        f"{where} = wrapped; cli.run()"
     )
-    command = [sys.executable, "-c", late, "quantize", str(llama), str(output), "--overwrite"]
-    subprocess.run([*COMMAND, *command[3:]], check=True, capture_output=True)
-    (output / "old").touch()
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert not (output / "old").exists()
+    command = [sys.executable, "-c", code, "quantize", str(llama), str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "writer.Recorder._sync_and_record",
+        "writer.CheckpointWriter._check_whole",
+        "writer.write_file",
+        "output.OutputDirectory.publish",
+        "output.publishing_line",
+    ],
+)
+def test_a_signal_once_all_is_written_stops_a_run_as_before(
+    tmp_path: Path, llama: Path, run: Runner, where: str
+) -> None:
+    """A disk that takes minutes to sync is no reason not to listen."""
+    assert run("quantize", llama, tmp_path / "whole").code == 0
+    before = "send('SIGTERM'); time.sleep(30)"
+    done = signalled(where, before, llama, tmp_path / "out")
+    assert done.returncode == 143, done
+    assert (len(done.stderr.splitlines()), "terminated" in done.stderr) == (1, True)
+    assert not (tmp_path / "out").exists()
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_signal_while_the_first_record_is_synced_neither_waits_nor_discards_it(
+    tmp_path: Path, llama: Path, run: Runner
+) -> None:
+    slow = (
+        "from fp8stream import plan; plan._LAYERS_A_TASK = 1\n"
+        "recorder._INTERVAL = 0.01; convert = stream.Worker.convert\n"
+        "def late(self, task): convert(self, task); time.sleep(0.2)\n"
+        "stream.Worker.convert = late"
+    )
+    before = "call(*arguments); send('SIGTERM'); time.sleep(20)"
+    begin = time.monotonic()
+    done = signalled("output.append_all", before, llama, tmp_path / "out", start=slow)
+    assert time.monotonic() - begin < 15
+    assert (done.returncode, "the same command goes on" in done.stderr) == (143, True), done
+    found = json.loads(run("quantize", llama, tmp_path / "out", "--json").out)
+    assert found["layers_continued"] > 0
+
+
+@pytest.mark.parametrize("where", ["output.exchange", "shutil.rmtree"])
+def test_a_signal_comes_too_late_once_an_output_is_put_in_place(
+    tmp_path: Path, llama: Path, run: Runner, where: str
+) -> None:
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    (tmp_path / "out" / "old").touch()
+    more = "send('SIGINT'); send('SIGHUP')" if where == "output.exchange" else ""
+    options = ("--overwrite", "--scheme", "tensor")
+    done = signalled(where, f"send('SIGTERM'); {more}", llama, tmp_path / "out", *options)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n"), done
+    assert not (tmp_path / "out" / "old").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_a_second_signal_ends_tidying_up_and_the_same_command_goes_on_with_it(
+    tmp_path: Path, llama: Path, run: Runner
+) -> None:
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    options = ("--overwrite", "--scheme", "tensor")
+    assert run("quantize", llama, tmp_path / "whole", *options).code == 0
+    twice = "send('SIGINT'); send('SIGINT')"
+    done = signalled("shutil.rmtree", twice, llama, tmp_path / "out", *options)
+    assert done.returncode == 130
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (tmp_path / "out.fp8stream-partial").exists()
+    again = run("quantize", llama, tmp_path / "out", *options, "--json")
+    assert (again.code, json.loads(again.out)["bytes_read"]) == (0, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out", "whole"]
+
+
+@pytest.mark.parametrize("then", ["pass", "raise ImportError"])
+def test_a_signal_that_an_import_swallows_stops_a_run_nonetheless(
+    tmp_path: Path, llama: Path, then: str
+) -> None:
+    """As Python itself does where it frees an object, and those who try this module and that."""
+    swallow = f"try: send('SIGINT')\nexcept BaseException: {then}"
+    where = "writer.CheckpointWriter.copy_side_files"
+    done = signalled(where, f"exec({swallow!r})", llama, tmp_path / "out")
+    assert (done.returncode, "interrupted" in done.stderr) == (130, True), done
+    assert not (tmp_path / "out").exists()
 
 
 def test_parents_that_were_made_for_an_output_that_failed_are_removed(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +112,11 @@ def convert(source: Path, output: Path, plan: Plan) -> int:
     return len(done)
 
 
+def _writer(worker: stream.Worker) -> CheckpointWriter:
+    assert isinstance(worker._sink, CheckpointWriter)
+    return worker._sink
+
+
 @contextmanager
 def killed_after(tasks: int) -> Iterator[None]:
     """Ends a run within as soon as so many tasks are done, and on record."""
@@ -120,8 +126,7 @@ def killed_after(tasks: int) -> Iterator[None]:
         nonlocal begun
         begun += 1
         if begun > tasks:
-            assert isinstance(self._sink, CheckpointWriter)
-            self._sink._recorder.flush()
+            _writer(self)._recorder.flush()
             raise Killed
         Convert(self, task)
 
@@ -262,6 +267,41 @@ def test_another_source_is_refused(
     assert run("quantize", source, tmp_path / "out", "--restart").code == 0
 
 
+def spoil(source: Path) -> None:
+    tensors = llama_tensors(layers=6)
+    tensors["model.layers.5.mlp.down_proj.weight"][0, 3] = float("nan")
+    write_checkpoint(source, tensors, shards=2)
+
+
+@pytest.mark.parametrize("cure", ["repair", "ignore"])
+@pytest.mark.parametrize("what", ["not finite", "changed"])
+def test_what_the_same_command_cannot_cure_is_said_to_need_a_new_run(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, what: str, cure: str
+) -> None:
+    source = tmp_path / "in"
+    spoil(source) if what == "not finite" else rewrite(source)
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        if "layers.5.mlp.down" in task.layers[0].name:
+            _writer(self)._recorder.flush()
+            if what == "changed":
+                touch(source)
+        Convert(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        failed = run("quantize", source, tmp_path / "out", "--threads", 1)
+    assert (failed.code, len(failed.err.splitlines())) == (1, 1), failed
+    assert "makes another conversion, which needs --restart" in failed.err
+    assert "goes on" not in failed.err
+    options = ["--ignore", "model.layers.5.mlp.down_proj"] if cure == "ignore" else []
+    if cure == "repair":
+        rewrite(source)
+    assert "another conversion" in run("quantize", source, tmp_path / "out", *options).err
+    assert run("quantize", source, tmp_path / "out", *options, "--restart").code == 0
+
+
 def test_other_numerics_are_refused(
     tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,7 +343,8 @@ def test_data_that_is_not_what_was_left_is_refused(
         if damage == "a link":
             file.symlink_to(tmp_path / "elsewhere")
     refused = run("quantize", source, tmp_path / "out")
-    assert (refused.code, "--restart" in refused.err) == (1, True), refused
+    assert (refused.code, refused.err.count("--restart")) == (1, 1), refused
+    assert "goes on" not in refused.err
     assert run("quantize", source, tmp_path / "out", "--restart").code == 0
 
 
@@ -330,7 +371,7 @@ def test_a_damaged_journal_is_refused_until_restart(
 
 def test_a_journal_cut_at_any_byte_says_less_and_never_more() -> None:
     head, one, two = first_line({"a": "\0\r\n é"}), layers_line([0, 1, 5]), layers_line([2])
-    whole = head + one + two + publishing_line(7, 8)
+    whole = head + one + two + publishing_line(7, 8, "9")
     for size in range(len(whole) + 1):
         if size < len(head):
             with pytest.raises(OutputError, match="first line is damaged"):
@@ -391,12 +432,58 @@ def test_killed_when_only_tidying_up_was_left(
     done = run("quantize", llama, tmp_path / "out", *options, *scheme, "--json")
     if kept == "same":
         assert (done.code, json.loads(done.out)["bytes_read"]) == (0, 0)
+        assert len(done.err.splitlines()) == 1
+        assert "finished by the run before this one" in done.err
         assert contents(tmp_path / "out") == before
         assert not (tmp_path / PARTIAL).exists()
     else:
         assert done.code == (0 if overwrite else 1)
         assert overwrite or "exists already" in done.err
         assert (contents(tmp_path / "out") != before) == overwrite
+
+
+@pytest.fixture
+def untidy(tmp_path: Path, run: Runner, llama: Path) -> Path:
+    """An output that is in place, of a run that was killed before it tidied up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OutputDirectory, "_discard", lambda self: None)
+        assert run("quantize", llama, tmp_path / "out").code == 0
+    return tmp_path / "out"
+
+
+def test_what_was_put_in_place_and_then_moved_away_is_made_anew(
+    untidy: Path, tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    untidy.rename(tmp_path / "elsewhere")
+    assert "unfinished run" not in run("quantize", llama, untidy, "--dry-run").err
+    done = run("quantize", llama, untidy, "--json")
+    assert (done.code, json.loads(done.out)["layers_continued"]) == (0, 0)
+    assert contents(untidy) == contents(tmp_path / "elsewhere")
+    assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+def test_an_output_in_place_that_lost_a_file_is_not_taken_for_finished(
+    untidy: Path, run: Runner, llama: Path, file: str, damage: str
+) -> None:
+    if damage == "gone":
+        (untidy / file).unlink()
+    else:
+        status = (untidy / file).stat()
+        os.truncate(untidy / file, 100)
+        os.utime(untidy / file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    refused = run("quantize", llama, untidy)
+    assert (refused.code, "exists already" in refused.err) == (1, True), refused
+
+
+def test_the_disk_must_have_room_for_another_conversion_than_was_put_in_place(
+    untidy: Path, tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    refused = run("quantize", llama, untidy, "--overwrite", "--scheme", "block")
+    assert (refused.code, "not enough disk space" in refused.err) == (1, True), refused
+    assert run("quantize", llama, untidy, "--overwrite").code == 0
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -429,13 +516,52 @@ def test_a_sync_that_fails_after_the_rename_leaves_the_rest_to_the_next_run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(output, "sync_directory", fail)
-        failed = run("quantize", llama, tmp_path / "out")
-        assert (failed.code, "goes on" in failed.err) == (1, True)
-        assert run("quantize", llama, tmp_path / "out").code == 1
+        for _ in range(2):
+            failed = run("quantize", llama, tmp_path / "out")
+            assert (failed.code, "is whole and in place" in failed.err) == (1, True), failed
+            assert "goes on" not in failed.err
+            assert "Input/output error; the same command" in failed.err
     # The output itself took what was free.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert run("quantize", llama, tmp_path / "out").code == 0
     assert not (tmp_path / PARTIAL).exists()
+
+
+@pytest.mark.parametrize("call", ["rmtree", "unlink", "rmdir"])
+def test_what_cannot_be_removed_is_told_and_no_failure(
+    tmp_path: Path, run: Runner, llama: Path, call: str
+) -> None:
+    assert run("quantize", llama, tmp_path / "out", "--scheme", "tensor").code == 0
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil if call == "rmtree" else Path, call, fail)
+        done = run("quantize", llama, tmp_path / "out", "--overwrite")
+    assert done.code == 0
+    assert f"warning: {tmp_path / PARTIAL}: could not be removed: " in done.err
+    assert "Permission denied" in done.err
+    if call == "rmtree":
+        assert run("quantize", llama, tmp_path / "out", "--overwrite", "--json").code == 0
+        assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_finished_output_that_cannot_be_put_in_place_is_told_once_how_to_go_on(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, target: Path) -> None:
+        if path.name == "output":
+            raise OSError(errno.EIO, "Input/output error")
+        real(path, target)
+
+    real = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail)
+        failed = run("quantize", llama, tmp_path / "out")
+    assert (failed.code, failed.err.count("the same command goes on")) == (1, 1)
+    assert "run again" not in failed.err
+    assert run("quantize", llama, tmp_path / "out").code == 0
 
 
 @pytest.mark.parametrize("error", [RuntimeError("unable to open file"), SafetensorError("bad")])
@@ -541,7 +667,7 @@ def test_a_directory_that_got_the_number_of_the_output_is_not_taken_for_it(
 ) -> None:
     """Killed before all was tidied up; then somebody removed the output, and made another."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OutputDirectory, "__exit__", lambda self, *error: self._close())
+        patch.setattr(OutputDirectory, "_discard", lambda self: None)
         assert run("quantize", llama, tmp_path / "out").code == 0
     for file in (tmp_path / "out").iterdir():
         file.unlink()  # the directory stays: no file system promises another number, or the same
@@ -550,15 +676,117 @@ def test_a_directory_that_got_the_number_of_the_output_is_not_taken_for_it(
     assert (refused.code, "exists already" in refused.err) == (1, True)
 
 
+def test_a_signal_while_a_torn_journal_is_cut_stops_nothing(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`os.ftruncate` begins again where a signal cut it short, which `os.truncate` does not."""
+    source = stopped(tmp_path, run)
+    with (tmp_path / PARTIAL / "journal").open("ab") as journal:
+        journal.write(b"torn")
+
+    def interrupted(*arguments: object) -> None:
+        raise InterruptedError(errno.EINTR, "Interrupted system call")
+
+    monkeypatch.setattr(os, "truncate", interrupted)
+    assert run("quantize", source, tmp_path / "out").code == 0
+
+
 def test_two_processes_to_one_output(tmp_path: Path, run: Runner, llama: Path) -> None:
     (tmp_path / PARTIAL).mkdir()
-    descriptor = os.open(tmp_path / PARTIAL, os.O_RDONLY)
+    descriptor = os.open(tmp_path / PARTIAL / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     for options in ([], ["--restart"], ["--scheme", "block"]):
         refused = run("quantize", llama, tmp_path / "out", *options)
         assert (refused.code, "another run is writing this output" in refused.err) == (1, True)
     os.close(descriptor)
     assert run("quantize", llama, tmp_path / "out").code == 0
+    assert not (tmp_path / PARTIAL).exists()
+
+
+def test_a_lock_asks_for_no_more_than_nfs_has(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It emulates them by locks of bytes, which a descriptor for reading alone is refused."""
+    real, locked = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        locked.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = run("quantize", llama, tmp_path / "out")
+    assert (done.code, locked) == (0, [str(tmp_path / PARTIAL / "lock")])
+    assert "has no locks" not in done.err
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def flock(*arguments: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    done = run("quantize", llama, tmp_path / "out")
+    assert (done.code, done.err.count("this file system has no locks")) == (0, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
+
+
+def test_a_lock_whose_file_was_removed_is_none(
+    tmp_path: Path, run: Runner, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that had it removed it while we waited for no more than our turn."""
+    real, files = fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        real(descriptor, operation)
+        files.append(os.fstat(descriptor).st_ino)
+        if len(files) == 1:
+            (tmp_path / PARTIAL / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run("quantize", llama, tmp_path / "out").code == 0
+    assert len(files) == 2
+
+
+def test_a_directory_that_another_run_takes_while_we_leave_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.close
+
+    def close(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("lock (deleted)"):
+            (tmp_path / PARTIAL / "lock").touch()
+            (tmp_path / PARTIAL / "journal").write_bytes(first_line({}))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "close", close)
+    with OutputDirectory(tmp_path / "out", {}):
+        pass
+    assert sorted(path.name for path in (tmp_path / PARTIAL).iterdir()) == ["journal", "lock"]
+
+
+@pytest.mark.parametrize("options", [[], ["--restart"], ["--dry-run"]])
+@pytest.mark.parametrize("text", [b"", b"my diary\n", b"5f3759df {}\n"])
+def test_a_journal_that_is_not_ours_is_in_the_way(
+    tmp_path: Path, run: Runner, llama: Path, text: bytes, options: list[str]
+) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / PARTIAL / "journal").write_bytes(text)
+    (tmp_path / PARTIAL / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path / PARTIAL)
+    refused = run("quantize", llama, tmp_path / "out", *options)
+    assert (refused.code, "in the way" in refused.err) == (int("--dry-run" not in options), True)
+    assert contents(tmp_path / PARTIAL) == before
+
+
+def test_a_directory_called_output_alone_is_in_the_way(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    (tmp_path / PARTIAL / "output").mkdir(parents=True)
+    assert "in the way" in run("quantize", llama, tmp_path / "out", "--restart").err
 
 
 @pytest.mark.parametrize("where", ["listdir", "open"])
@@ -570,7 +798,7 @@ def test_a_directory_that_another_run_removes_meanwhile_is_made_anew(
     removed: list[Path] = []
 
     def remove(path: object, *arguments: int, **options: int) -> object:
-        if path == tmp_path / PARTIAL and not removed:
+        if str(path).startswith(str(tmp_path / PARTIAL)) and not removed:
             removed.append(tmp_path / PARTIAL)
             (tmp_path / PARTIAL).rmdir()
         return real(path, *arguments, **options)
@@ -685,6 +913,41 @@ def test_a_device_that_runs_out_of_memory_gets_smaller_buffers(
     else:
         assert (done.code, "out of memory with the smallest" in done.err) == (1, True), done
         assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_is_told_at_the_end_counts_what_was_done_with_larger_buffers(
+    tmp_path: Path, run: Runner, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    if before:
+        source = stopped(tmp_path, run)
+        journal = parse_journal((tmp_path / PARTIAL / "journal").read_bytes())
+        there = sum(end - begin for begin, end in journal.layers)
+    else:
+        source, there = write_checkpoint(tmp_path / "in", llama_tensors(layers=6), shards=2), 0
+    names: list[str] = []
+
+    def convert(self: stream.Worker, task: Task) -> None:
+        if len(names) == 5:
+            _writer(self)._recorder.flush()
+            names.append("failed")
+            time.sleep(0.3)
+            raise DeviceMemoryError("out of memory")
+        names.append(task.layers[0].name)
+        Convert(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8stream.plan._LAYERS_A_TASK", 1)
+        patch.setattr(stream.Worker, "convert", convert)
+        done = run("quantize", source, tmp_path / "out", "--json", "--threads", 1)
+    document = json.loads(done.out)
+    assert "going on with smaller buffers" in done.err
+    assert done.err.count("going on with an unfinished run") == int(before)
+    assert document["layers_continued"] == there
+    assert document["seconds"] > 0.3
+    assert len(names) == len({*names}), "nothing was converted twice"
+    if not before:
+        assert document["bytes_read"] == sum(size_of(source).values())
 
 
 def test_hosts_without_memory_are_told_from_other_errors() -> None:

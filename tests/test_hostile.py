@@ -281,8 +281,8 @@ def test_side_files_never_stand_where_the_output_does(source: Path, run: Runner)
         "model.safetensors/notes.txt": "in a directory that is called like our file",
         "MODEL.SAFETENSORS": "which some file systems take for ours",
         "Model.safetensors.index.JSON": "{}",
-        ".fp8stream-unfinished": "",
-        ".fp8stream-partial/journal": "",
+        "model.fp8stream-partial/journal": "",
+        "model.fp8stream-partial/output/tokenizer.json": "{}",
     }
     for name, content in {**copied, **left}.items():
         (source / name).parent.mkdir(exist_ok=True)

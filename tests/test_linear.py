@@ -18,6 +18,8 @@ from fp8stream.linear import FP8Experts, FP8Linear, describe_experts, quantize_a
 from fp8stream.scheme import Granularity
 from tests import oracle
 
+pytestmark = pytest.mark.thorough
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 granularities = pytest.mark.parametrize("granularity", list(Granularity))
 dtypes = pytest.mark.parametrize("dtype", DTYPES)

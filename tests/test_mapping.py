@@ -30,7 +30,7 @@ from fp8stream.tracing import traced
 from tests.oracle import same
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
 
 TINY: Mapping[str, Any] = {
     "hidden_size": 32,

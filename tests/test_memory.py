@@ -44,6 +44,13 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9223372036854775808", "100000000T", "9" * 400])
+def test_a_size_that_no_system_has(text: str) -> None:
+    """Nor a journal, whose numbers have at most twenty digits when they are read again."""
+    with pytest.raises(ValueError, match="is more than any file"):
+        parse_size(text)
+
+
 def test_sizes_for_the_eye() -> None:
     assert [format_size(n) for n in (0, 1023, 1536, 5 << 30, 3 << 41)] == [
         "0 B",

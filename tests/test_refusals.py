@@ -13,6 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fp8stream.checkpoint import Checkpoint
+from fp8stream.writer import CheckpointWriter
 from tests.conftest import LLAMA, Run, llama_tensors, write_checkpoint
 
 Break = Callable[[Path], object]
@@ -767,6 +770,7 @@ def assert_output_refused(
         pytest.param("", ["contains SOURCE"], id="around SOURCE"),
         pytest.param("other", ["other", "exists already", "--overwrite"], id="exists"),
         pytest.param("file", ["file", "found a file"], id="a file"),
+        pytest.param("loop", ["loop", "found a link that leads nowhere"], id="a loop of links"),
         pytest.param("pipe", ["pipe", "expected a new or empty directory"], id="a FIFO"),
         pytest.param("file/below", ["below", "not a writable directory"], id="below a file"),
         pytest.param("x" * 300, ["xxx", "too long"], id="a name too long"),
@@ -779,6 +783,7 @@ def test_a_bad_output_is_refused(name: str, words: list[str], source: Path, run:
     (root / "other").mkdir()
     (root / "other" / "config.json").write_text("{}")
     (root / "file").write_text("")
+    (root / "loop").symlink_to(root / "loop")
     os.mkfifo(root / "pipe")
     before = fingerprint(root)
     assert_output_refused(run("quantize", source, f"{root}/{name}"), words, source, before)
@@ -854,6 +859,38 @@ def test_an_output_in_a_directory_without_permission_is_refused(source: Path, ru
     before = fingerprint(source.parent)
     result = run("quantize", source, locked / "output")
     assert_output_refused(result, ["locked", "not a writable directory"], source, before)
+
+
+def test_a_source_that_vanishes_after_the_plan_is_one_clear_error(
+    source: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = CheckpointWriter.copy_side_files
+
+    def vanish(self: CheckpointWriter, checkpoint: Checkpoint) -> None:
+        real(self, checkpoint)
+        source.rename(source.with_name("elsewhere"))
+
+    monkeypatch.setattr(CheckpointWriter, "copy_side_files", vanish)
+    result = run("quantize", source, source.parent / "output")
+    assert_one_line(result, [str(source), "cannot be read: No such file or directory"])
+    assert not (source.parent / "output").exists()
+
+
+@pytest.mark.parametrize("name", ["fp8stream-recorder", "fp8stream-memory", "fp8stream-1"])
+def test_a_thread_that_cannot_start_is_one_clear_error(
+    name: str, source: Path, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    result = run("quantize", source, source.parent / "output", "--threads", 2)
+    assert_one_line(result, ["can't start new thread", "fewer --threads"])
+    assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
 
 
 def test_a_disk_too_small_is_refused_before_any_work(

@@ -1,10 +1,14 @@
 """Outputs against their sources: what is right passes, and whatever is wrong is found and named."""
 
+import errno
 import gc
 import json
+import os
 import random
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.comparison import BOUND, Comparer
+from fp8stream.errors import CheckpointError
 from fp8stream.expectation import LayerError, Problem
 from fp8stream.fp8 import Quantizer, dequantize_weight
+from fp8stream.journal import first_line
 from fp8stream.layout import INDEX_NAME
-from fp8stream.memory import MIB, PeakMeter
+from fp8stream.memory import MIB, MemoryUsage, PeakMeter
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.verify import compare_values, prepare
 from tests import oracle
 from tests.conftest import Run, Tensors, llama_tensors, write_checkpoint
 from tests.test_bytes import checkpoint as odd_tensors
+from tests.test_hostile import make_socket
 from tests.test_stream import SCHEMES, convert, schemes
 
 Runner = Callable[..., Run]
@@ -328,6 +335,144 @@ def test_scales_of_another_tool_that_are_none(tmp_path: Path, plain: Path, value
     )
 
 
+Scales = Callable[[torch.Tensor], torch.Tensor]
+
+
+def under(source: Path, output: Path, granularity: Granularity, change: Scales) -> None:
+    """An output of another tool whose scales are `change` of amax / 448, and its codes those."""
+    tensors = others(source, output, granularity)
+    for name, weight in load_file(source / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            scale = change(oracle.amax_of([weight], granularity) / 448)
+            wide = oracle.expand(scale.float(), weight.shape, granularity)
+            codes = (weight.float() / wide).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors |= {name: codes, name.removesuffix("weight") + "weight_scale": scale}
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda due: torch.full_like(due, 1e6).bfloat16(), "large"),
+        (lambda due: torch.full_like(due, 1e-30).bfloat16(), "small"),
+        (lambda due: (due / 16).bfloat16(), "small"),
+        (lambda due: (due * 1e5).bfloat16(), "large"),
+        (lambda due: due * 0.98, "small"),
+        (lambda due: due * 70, "large"),
+    ],
+    ids=["all zero", "all saturated", "16 times too small", "1e5 times too large", "2 %", "70"],
+)
+def test_scales_that_do_not_fit_the_values(
+    tmp_path: Path, run: Runner, plain: Path, granularity: Granularity, change: Scales, what: str
+) -> None:
+    """Codes that are right under them all the same."""
+    under(plain, tmp_path / "out", granularity, change)
+    done = run("verify", tmp_path / "out", "--against", plain, "--json")
+    problems = json.loads(done.out)["problems"]
+    assert done.code == 1
+    assert len(problems) == 14
+    (problem,) = (p for p in problems if p["tensor"] == SCALE)
+    count = int(torch.Size(granularity.scale_shape((128, 320))).numel())
+    first = {Granularity.CHANNEL: "[0, 0]", Granularity.BLOCK: "[0, 0]"}.get(granularity)
+    which = f"{count} of {count} scales are too {what}, the first at {first}: expected"
+    which = which if first else f"the scale is too {what}: expected"
+    assert problem["problem"].startswith(which)
+    assert "the largest value / 448" in problem["problem"]
+
+
+def test_one_scale_that_does_not_fit_is_named(tmp_path: Path, plain: Path) -> None:
+    weight = load_file(plain / "model.safetensors")[DOWN]
+    due = float(weight[7].abs().max()) / 448
+
+    def change(scales: torch.Tensor) -> torch.Tensor:
+        scales[7] /= 3
+        return scales
+
+    under(plain, tmp_path / "out", Granularity.CHANNEL, change)
+    problems, _ = verify(plain, tmp_path / "out")
+    (problem,) = (p for p in problems if p.tensor == SCALE)
+    assert problem.problem.startswith("1 of 128 scales are too small, the first at [7, 0]: ")
+    assert f"expected at least {due:.3g} (the largest value / 448), found" in problem.problem
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda due: due.bfloat16(),
+        lambda due: due.half(),
+        lambda due: (1 / (1 / due).bfloat16()).bfloat16(),
+        lambda due: due.log2().ceil().exp2(),
+        lambda due: due * 448 / 240,
+        lambda due: due * 15,
+    ],
+    ids=["BF16", "F16", "an inverse in BF16", "powers of two", "a limit of 240", "15"],
+)
+def test_scales_that_others_choose(
+    tmp_path: Path, plain: Path, granularity: Granularity, change: Scales
+) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN] *= 2.0**-8  # whose scales are below what F16 has its whole precision for
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, change)
+    assert verify(plain, tmp_path / "out")[0] == []
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_groups_that_others_have_no_scale_for(
+    tmp_path: Path, plain: Path, granularity: Granularity, dtype: torch.dtype
+) -> None:
+    """Zeros, for which the scale is an epsilon, and values that are near them."""
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN][:128, :128] = 0
+    tensors[DOWN][3:100] = 1e-9
+    name = DOWN.replace("down", "up")
+    tensors[name][:] = 0
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    least = {torch.float16: 1e-7}.get(dtype, 1e-4 / 448)
+
+    def change(due: torch.Tensor) -> torch.Tensor:
+        scales = due.clamp(min=least).to(dtype)
+        scales[due == 0] = torch.finfo(dtype).eps
+        return scales
+
+    under(plain, tmp_path / "out", granularity, change)
+    assert verify(plain, tmp_path / "out")[0] == []
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@pytest.mark.parametrize("factor", [2.0**-90, 2.0**-20, 2.0**70])
+def test_weights_of_any_size_have_their_errors_told(
+    tmp_path: Path, plain: Path, granularity: Granularity, factor: float
+) -> None:
+    """Although the squares of such values are none of float32."""
+    before = load_file(plain / "model.safetensors")
+    tensors = {n: t * factor if n.endswith("_proj.weight") else t for n, t in before.items()}
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, lambda due: due)
+    problems, layers = verify(plain, tmp_path / "out")
+    assert problems == []
+    assert all(0.02 < (layer.relative_error or 0) < 0.04 for layer in layers.values())
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_a_weight_that_is_lost_under_the_smallest_scale_of_a_tool(
+    tmp_path: Path, plain: Path, granularity: Granularity
+) -> None:
+    """No scale is too large by itself, but nothing is left of the weight."""
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN] *= 1e-10
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    under(plain, tmp_path / "out", granularity, lambda due: due.clamp(min=1e-4 / 448))
+    (problem,), layers = verify(plain, tmp_path / "out")
+    assert problem.tensor == DOWN
+    wanted = "the values are lost under the scales: expected a relative error of at most 0.0703, "
+    assert problem.problem == wanted + "found 1"
+    assert layers[DOWN].relative_error == pytest.approx(1, rel=1e-3)
+
+
 # What is wrong.
 
 
@@ -448,8 +593,15 @@ def test_a_source_that_no_code_can_stand_for(tmp_path: Path, plain: Path) -> Non
     assert "NaN or infinity" in problem.problem
 
 
+THINGS: Mapping[str, Callable[[Path], None]] = {
+    "a FIFO": os.mkfifo,
+    "a socket": make_socket,
+    "a directory": os.mkdir,
+}
+
 FILES: list[tuple[str, Callable[[Path], object], str]] = [
-    ("config.json", lambda p: p.write_text(p.read_text() + "\n"), "lines"),
+    ("config.json", lambda p: p.write_text(p.read_text() + "\n"), "expected the end of the file"),
+    ("config.json", lambda p: p.write_text(p.read_text()[:-1]), "found the end of the file"),
     ("config.json", lambda p: p.write_text(p.read_text().replace("lm_head", "lm_heed")), "line "),
     ("config.json", lambda p: p.write_text("{"), "broken"),
     ("config.json", Path.unlink, "missing"),
@@ -459,8 +611,8 @@ FILES: list[tuple[str, Callable[[Path], object], str]] = [
     (INDEX_NAME, lambda p: p.write_text(p.read_text().replace("00002-", "00009-")), "line "),
     ("tokenizer.json", Path.unlink, "missing"),
     ("tokenizer.json", lambda p: p.write_text("{ }"), "differs from the source's at byte 1"),
-    ("extra.txt", lambda p: p.write_text("{ }"), "unexpected"),
     ("extra.safetensors", lambda p: p.write_text("{ }"), "unexpected"),
+    ("extra.safetensors.index.json", lambda p: p.write_text("{ }"), "unexpected"),
     ("model-00002-of-00002.safetensors", Path.unlink, "missing"),
     (
         "model-00002-of-00002.safetensors",
@@ -493,6 +645,96 @@ def test_what_is_wrong_with_files_is_named(
     assert any(words in p["problem"] for p in problems), problems
 
 
+@pytest.mark.parametrize(
+    "name", ["MODEL_CARD.md", "pytorch_model.bin", "sub/notes.txt", "sub/x.safetensors", "a.gguf/x"]
+)
+@pytest.mark.parametrize("given", ["", "model.safetensors"])
+def test_what_the_user_added_is_not_compared(
+    tmp_path: Path, run: Runner, llama: Path, name: str, given: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme())
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    done = run("verify", output / given, "--against", llama, "--json")
+    listed = name.replace("a.gguf/x", "a.gguf/")
+    assert (done.code, json.loads(done.out)["not_compared"]) == (0, [listed])
+    done = run("verify", output / given, "--against", llama)
+    assert f"1 file that the source does not have, such as {listed}" in done.out
+
+
+@pytest.mark.parametrize("given", ["", "model.safetensors"])
+def test_side_files_below_directories_are_those_of_one_file_too(
+    tmp_path: Path, llama: Path, given: str
+) -> None:
+    (llama / "sub").mkdir()
+    (llama / "sub" / "text").write_text("text")
+    convert(llama, tmp_path / "out", Scheme())
+    assert verify(llama, tmp_path / "out" / given)[0] == []
+    (tmp_path / "out" / "sub" / "text").write_text("test")
+    (problem,), _ = verify(llama, tmp_path / "out" / given)
+    assert problem == Problem("sub/text", "", "differs from the source's at byte 2")
+    (tmp_path / "out" / "sub" / "text").unlink()
+    (problem,), _ = verify(llama, tmp_path / "out" / given)
+    assert problem == Problem("sub/text", "", "missing: the source has it")
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Fails what takes longer than a few seconds, as waiting for the writer of a FIFO does."""
+
+    def fail(number: int, frame: object) -> None:
+        pytest.fail("it waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def sparse(path: Path) -> None:
+    os.truncate(path, 3 << 30)
+
+
+def one_long_line(path: Path) -> None:
+    path.write_text(path.read_text().rstrip().removesuffix("}") + ',"x":"' + "y" * 10**6 + '"}')
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "tokenizer.json"])
+@pytest.mark.parametrize("change", [sparse, one_long_line])
+def test_files_of_any_size_are_told_of_in_a_line(
+    tmp_path: Path, llama: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    """And no more of them is held than what must be there."""
+    output = tmp_path / "out"
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    change(output / name)
+    before = MemoryUsage.now().anonymous
+    with PeakMeter(interval=0.001) as meter:
+        problems = prepare(open_checkpoint(llama), str(output), None, 8 * MIB, 1).problems
+    assert {problem.file for problem in problems} == {name}
+    assert all(len(problem.problem) < 1000 for problem in problems)
+    assert meter.peak.anonymous - before < 32 * MIB
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX_NAME, "tokenizer.json"])
+@pytest.mark.parametrize("make", THINGS.values(), ids=THINGS)
+def test_what_stands_in_place_of_a_file_is_not_waited_for(
+    tmp_path: Path, run: Runner, llama: Path, make: Callable[[Path], None], name: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    (output / name).unlink()
+    make(output / name)
+    with at_once():
+        done = run("verify", output, "--against", llama, "--json")
+    assert done.code == 1, done
+    assert {problem["file"] for problem in json.loads(done.out)["problems"]} == {name}
+
+
 @schemes
 def test_no_flipped_bit_goes_unseen(tmp_path: Path, llama: Path, scheme: Scheme) -> None:
     output = tmp_path / "out"
@@ -523,6 +765,73 @@ def test_no_flipped_bit_goes_unseen(tmp_path: Path, llama: Path, scheme: Scheme)
         assert any(named), (kind, path.name, at, bit, problems)
         patch(path, at, bytes([before]))
     assert verify(llama, output)[0] == []
+
+
+def of(place: Path, what: object) -> bool:
+    """Whether an argument of a call of the system's is a path below `place`, or a file there."""
+    if isinstance(what, int):
+        what = os.readlink(f"/proc/self/fd/{what}")
+    return isinstance(what, str | Path) and Path(what).is_relative_to(place)
+
+
+@pytest.mark.parametrize("which", ["whole", "damaged"])
+@pytest.mark.parametrize(
+    "call", ["open", "stat", "lstat", "fstat", "listdir", "scandir", "preadv", "close"]
+)
+def test_whatever_call_fails_the_file_is_named(
+    tmp_path: Path,
+    run: Runner,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    which: str,
+) -> None:
+    """Each call of the system in turn, as a disk does that goes bad."""
+    output = tmp_path / "out"
+    (llama / "more").mkdir()
+    (llama / "more" / "text").write_text("text")
+    convert(llama, output, Scheme(), max_shard_size=250_000)
+    if which == "damaged":
+        (output / INDEX_NAME).write_text("{")
+    real, left = getattr(os, call), 0
+
+    def fail(what: Any = ".", *arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        there = of(tmp_path, what)
+        result = real(what, *arguments, **named) if call == "close" or not there else None
+        left -= there
+        if there and left == 0:
+            raise OSError(errno.EIO, "Input/output error", what if isinstance(what, str) else None)
+        return result if call == "close" or not there else real(what, *arguments, **named)
+
+    met = 0
+    for number in range(1, 1000):
+        left = number
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, fail)
+            done = run("verify", output, "--against", llama, "--threads", "1", "-q")
+        if left > 0:
+            break
+        met += 1
+        assert done.code in (0, 1), done
+        assert "FP8STREAM_DEBUG" not in done.err, (number, done)
+        assert "None" not in done.err + done.out, (number, done)
+        assert len(done.err.splitlines()) == done.code, (number, done)
+    assert left > 0
+    assert met or call == "listdir"
+
+
+@pytest.mark.parametrize("which", ["source", "output"])
+def test_a_directory_that_is_gone_before_values_are_compared(
+    tmp_path: Path, llama: Path, which: str
+) -> None:
+    output = tmp_path / "out"
+    convert(llama, output, Scheme())
+    comparison = prepare(open_checkpoint(llama), str(output), None, 8 * MIB, 1)
+    gone = llama if which == "source" else output
+    gone.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{gone}: cannot be read: No such file"):
+        list(compare_values(comparison))
 
 
 # What is printed.
@@ -576,6 +885,17 @@ def load_all(directory: Path) -> Tensors:
     return tensors
 
 
+def test_an_output_without_a_weight_in_fp8_is_a_problem(
+    tmp_path: Path, run: Runner, llama: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "out")
+    done = run("verify", tmp_path / "out", "--against", llama, "--json")
+    (problem,) = json.loads(done.out)["problems"]
+    assert done.code == 1
+    assert problem["problem"] == "not quantized: there are no FP8 weights with scales in it"
+    assert "1 problem in" in done.err
+
+
 @pytest.mark.parametrize("which", ["output", "source", "both"])
 def test_what_is_not_there_is_an_error_like_others(
     tmp_path: Path, run: Runner, llama: Path, which: str
@@ -595,14 +915,55 @@ def test_a_source_that_is_quantized_is_refused(tmp_path: Path, run: Runner, llam
     assert "already quantized" in done.err
 
 
-def test_an_unfinished_output_is_refused(tmp_path: Path, run: Runner, llama: Path) -> None:
-    convert(llama, tmp_path / "out", Scheme())
+@pytest.fixture
+def unfinished(tmp_path: Path, llama: Path) -> Path:
+    """Where a run has done all but to put its output in place."""
     partial = tmp_path / "out.fp8stream-partial"
-    shutil.copytree(tmp_path / "out", partial / "output")
-    for path in (partial, partial / "output"):
-        done = run("verify", path, "--against", llama)
-        assert done.code == 1
-        assert "unfinished" in done.err
+    partial.mkdir()
+    convert(llama, partial / "output", Scheme())
+    (partial / "journal").write_bytes(first_line({}))
+    return partial
+
+
+@pytest.mark.parametrize(
+    ("directory", "path"),
+    [
+        (".", "out.fp8stream-partial"),
+        (".", "out.fp8stream-partial/output"),
+        (".", "out.fp8stream-partial/output/model.safetensors"),
+        (".", "link"),
+        ("out.fp8stream-partial", "."),
+        ("out.fp8stream-partial", "output"),
+        ("out.fp8stream-partial/output", "."),
+        ("out.fp8stream-partial/output", ".."),
+    ],
+)
+def test_an_unfinished_output_is_refused(
+    unfinished: Path,
+    run: Runner,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    directory: str,
+    path: str,
+) -> None:
+    (unfinished.parent / "link").symlink_to(unfinished / "output")
+    monkeypatch.chdir(unfinished.parent / directory)
+    done = run("verify", path, "--against", llama)
+    assert done.code == 1
+    assert "an unfinished run's" in done.err
+
+
+@pytest.mark.parametrize(
+    "path", ["fine.fp8stream-partial", "x.fp8stream-partial/output", "journals/output"]
+)
+def test_an_output_of_any_name_is_not_unfinished(
+    tmp_path: Path, run: Runner, llama: Path, path: str
+) -> None:
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / "journals").mkdir(exist_ok=True)
+    (tmp_path / "journals" / "journal").write_text("Monday: a walk.")
+    convert(llama, tmp_path / path, Scheme())
+    assert run("verify", tmp_path / path, "--against", llama).code == 0
 
 
 def test_peak_memory_stays_within_the_plan(tmp_path: Path) -> None:
