@@ -6,6 +6,7 @@ forward, layers that have part of a sum add up, and layers that have some of the
 to all, as transformers' own do.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,7 @@ from fp8stream.errors import SchemeError
 from fp8stream.fitting import Fit
 from fp8stream.linear import ExpertsForm, FP8Experts, FP8Linear, describe_experts
 from fp8stream.live import Part
-from fp8stream.places import Place
+from fp8stream.places import Matrix, Place
 from fp8stream.plan import LayerPlan
 from fp8stream.scheme import BLOCK, Granularity
 from fp8stream.skeleton import hold_parts
@@ -426,9 +427,9 @@ def trimmed(fit: Fit, parts: Mapping[str, Part]) -> Fit:
         return fit
     layers = [_trimmed(layer, parts) for layer in fit.layers]
     some = tuple(layer for layer in layers if layer.weights or layer.kept)
-    return replace(
-        fit, layers=some, units={layer.number: fit.units[layer.number] for layer in some}
-    )
+    units = {layer.number: fit.units[layer.number] for layer in some}
+    tensors = {unit: fit.tensors[unit] for unit in dict.fromkeys(units.values())}
+    return replace(fit, layers=some, units=units, tensors=tensors)
 
 
 def _trimmed(layer: LayerPlan, parts: Mapping[str, Part]) -> LayerPlan:
@@ -447,28 +448,27 @@ def _held_of(weight: WeightPlan, part: Part | None) -> list[range]:
     if part is None:
         return [range(rows)]
     first, step = weight.codes_at.first // columns, weight.codes_at.row_step // columns
-    *above, _ = part.of
-    every, *ranges = 1, *part.ranges[:-1]
-    for side in above:
-        every *= side
-    of_rows = Part((every,), (0,), part.shape[:-1], tuple(ranges))
+    every = math.prod(part.of[:-1])
+    of_rows = Part((every,), (), part.shape[:-1], part.ranges[:-1])
     region = (range(first, first + (rows - 1) * step + 1, step if rows > 1 else 1),)
-    runs = [
-        range(first, first + matrix.shape[1])
-        for place in of_rows.inside(Place("", "", (every,), region, 0, (1,)))
-        for matrix in place.matrices()
-        for first in range(
-            matrix.source.first,
-            matrix.source.first + matrix.shape[0] * max(1, matrix.source.row_step),
-            max(1, matrix.source.row_step),
-        )
-    ]
-    return _joined(sorted(runs, key=lambda run: run.start))
+    inside = of_rows.inside(Place("", "", (every,), region, 0, (1,)))
+    return _joined(
+        [
+            range(first, first + matrix.shape[1])
+            for place in inside
+            for matrix in place.matrices()
+            for first in _firsts(matrix)
+        ]
+    )
+
+
+def _firsts(matrix: Matrix) -> list[int]:
+    return [matrix.source.first + row * matrix.source.row_step for row in range(matrix.shape[0])]
 
 
 def _joined(runs: list[range]) -> list[range]:
     joined: list[range] = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.start):
         if joined and joined[-1].stop == run.start:
             joined[-1] = range(joined[-1].start, run.stop)
         else:

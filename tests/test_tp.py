@@ -215,10 +215,9 @@ def test_case_21(source: Sources, scheme: str) -> None:
 @pytest.mark.parametrize("plan", [None, BY_EXPERTS])
 def test_what_stays_in_16_bit_is_cut_alike(source: Sources, plan: Plan) -> None:
     directory = source("qwen3_moe")
-    keep: dict[str, Any] = {"experts": "keep", "ignore": ["re:.*proj.*"]}
-    whole = loaded(directory, **keep)
+    whole = loaded(directory, **tp_rank.KEEP)
     assert not any(isinstance(module, FP8Linear | FP8Experts) for module in whole.modules())
-    cut = put_together(ranks_of(directory, 2, plan, **keep), whole)
+    cut = put_together(ranks_of(directory, 2, plan, **tp_rank.KEEP), whole)
     assert "model.layers.0.mlp.experts.gate_up_proj" in cut
 
 
@@ -434,16 +433,19 @@ def test_a_part_takes_what_is_its_own(data: st.DataObject) -> None:
 
 REAL: Sequence[tuple[str, str, str, Plan, float]] = [
     # The bounds are on the norm of the difference in logits to one process, over theirs. Sums in
-    # another order move some activations to the next code, more so where those are 16 bit.
-    *(("llama-grouped", scheme, "float32", None, 1e-2) for scheme in SCHEMES),
-    ("llama-tied", "channel", "bfloat16", None, 1e-2),
-    ("phi3", "channel", "float32", None, 1e-2),
-    *(("qwen3_moe", scheme, "float32", None, 1e-2) for scheme in SCHEMES),
+    # another order differ in the last bit, and now and then that moves an activation to the next
+    # code, or, in 16 bit, a token to another expert.
+    *(("llama-grouped", scheme, "float32", None, 2e-2) for scheme in SCHEMES),
+    ("llama-tied", "channel", "bfloat16", None, 2e-2),
+    ("phi3", "channel", "float32", None, 2e-2),
+    *(("qwen3_moe", scheme, "float32", None, 2e-2) for scheme in SCHEMES),
     ("qwen3_moe", "channel", "bfloat16", None, 5e-2),
-    ("qwen3_moe", "channel", "bfloat16", BY_EXPERTS, 1e-6),
-    ("gpt_oss", "block", "float32", None, 1e-6),
-    ("gpt_oss", "channel", "float32", WITHIN_EXPERTS, 1e-2),
-    ("llama4_text", "channel", "float32", None, 1e-2),
+    ("qwen3_moe", "channel", "bfloat16", BY_EXPERTS, 5e-2),
+    ("gpt_oss", "block", "float32", None, 2e-2),
+    ("gpt_oss", "channel", "float32", WITHIN_EXPERTS, 2e-2),
+    ("llama4_text", "channel", "float32", None, 2e-2),
+    ("qwen3_moe", "16 bit", "float32", None, 1e-5),
+    ("qwen3_moe", "16 bit", "float32", BY_EXPERTS, 1e-5),
 ]
 
 

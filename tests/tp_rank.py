@@ -5,7 +5,7 @@ CASES is a JSON list of [source, scheme, dtype, plan]; what each gives goes to R
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp8stream.online import load_into
 
+KEEP: Mapping[str, Any] = {"experts": "keep", "ignore": ["re:.*proj.*"]}
 PROMPT = torch.arange(5, 45).remainder(23).mul(13).view(2, 20)
 
 
@@ -27,7 +28,8 @@ def run(case: Sequence[Any], rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     at: dict[str, Any] = {"tp_rank": rank, "tp_size": ranks, "tp_plan": plan}
-    load_into(model.eval(), source, scheme=scheme, device="cpu", **at)
+    at |= KEEP if scheme == "16 bit" else {"scheme": scheme}
+    load_into(model.eval(), source, device="cpu", **at)
     with torch.no_grad():
         logits = model(PROMPT).logits.float()
         tokens = model.generate(PROMPT, max_new_tokens=8, do_sample=False, eos_token_id=None)
