@@ -427,6 +427,28 @@ def test_a_part_takes_what_is_its_own(data: st.DataObject) -> None:
     first, last = part.span()
     assert first <= wanted.min() <= wanted.max() < last
     assert first % width == last % width == 0
+    first, last = sorted(data.draw(st.integers(0, whole.numel() - 1)) for _ in range(2))
+    local, run = part.local_run(first, last), torch.arange(first, last + 1)
+    at = wanted.view(-1).tolist().index(first) if first in wanted else wanted.numel()
+    if local is None:
+        assert not torch.equal(wanted.view(-1)[at : at + len(run)], run)
+    else:
+        assert torch.equal(wanted.view(-1)[local : local + len(run)], run)
+
+
+def test_a_second_load_is_of_the_same_rank(source: Sources) -> None:
+    model = loaded(source("qwen3_moe"), 1, 2)
+    pointers = {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 2; begin with a new"):
+        load_into(model, source("qwen3_moe"), device="cpu", tp_rank=0, tp_size=2)
+    with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 1"):
+        load_into(model, source("qwen3_moe"), device="cpu")
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    load_into(model, source("qwen3_moe", 1), device="cpu", tp_rank=1, tp_size=2)
+    assert pointers == {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    assert forwards == [vars(module).get("forward") for module in model.modules()]
+    wanted = stored_tensors(loaded(source("qwen3_moe", 1), 1, 2))
+    assert all(same(t, wanted[n]) for n, t in stored_tensors(model).items())
 
 
 # A real run
