@@ -59,6 +59,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": TINY,
     "phi3": TINY,
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 512},
+    "many": {
+        **EXPERTS,
+        "hidden_size": 128,
+        "num_experts": 24,
+        "moe_intermediate_size": 128,
+    },
     "mixtral": {**EXPERTS, "num_local_experts": 4},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "layer_types": ["full_attention"]},
     "llama4_text": {
@@ -99,6 +105,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         if not directory.exists():
             torch.manual_seed(seed)
             kind = name.removesuffix("-tied").removesuffix("-grouped")
+            kind = kind.replace("many", "qwen3_moe")
             config = transformers.AutoConfig.for_model(kind, **CONFIGS[name])
             model = transformers.AutoModelForCausalLM.from_config(config)
             for key, parameter in model.named_parameters():
@@ -290,6 +297,24 @@ def test_reload_keeps_the_storage_of_a_rank(
     wanted = stored_tensors(loaded(source(name, 1), 1, 2, plan, scheme=scheme))
     for key, tensor in stored_tensors(model).items():
         assert same(tensor, wanted[key]), key
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_experts_with_tensor_scales_are_reloaded_together(
+    run: Callable[..., Run], source: Sources, tmp_path: Path, size: int
+) -> None:
+    """Each of very many has a scale of its own, but all lie in one tensor."""
+    for seed in (0, 1):
+        asked = ("--scheme", "tensor", "--format", "fp8")
+        assert run("quantize", source("many", seed), tmp_path / str(seed), *asked).code == 0
+    at: dict[str, Any] = {"device": "cpu", "tp_size": size}
+    at |= {"tp_plan": {"*.experts": "experts"}} if size > 1 else {}
+    model, fresh = skeleton(source("many")), skeleton(source("many"))
+    load_into(model, tmp_path / "0", **at)
+    reload(model, tmp_path / "1")
+    load_into(fresh, tmp_path / "1", **at)
+    wanted = stored_tensors(fresh)
+    assert [n for n, t in stored_tensors(model).items() if not same(t, wanted[n])] == []
 
 
 # Refusals
