@@ -267,7 +267,7 @@ class _Layers:
             name = key or f"{plan.name}+{piece.expert}.{piece.part}.{piece.first}"
             self._weights[name].append(plan)
             # What shares a scale changes together, even over several modules.
-            self._units[name] = key or weight.module
+            self._units[name] = weight.module if weight.experts else key or weight.module
             self._tensors[self._units[name]] |= {plan.codes.name, plan.scales.name}
 
     def _shared(self, weight: Weight, pieces: Sequence[_Piece]) -> dict[int, str]:

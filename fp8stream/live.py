@@ -83,6 +83,24 @@ class Part:
         last = sum((range_.stop - 1) * step for range_, step in sides)
         return first, last + (self.shape or (1,))[-1]
 
+    def local_run(self, first: int, last: int) -> int | None:
+        """Where the part has element `first` of the whole, if it has all from there to `last`, and
+        in one run; None if not."""
+        at = max(
+            (n for n, side in enumerate(self.shape) if len(self.ranges[n]) != side), default=-1
+        )
+        begin, end, local = first, last, 0
+        for number, (step, inner) in enumerate(
+            zip(strides(self.shape), strides(self.held), strict=True)
+        ):
+            (one, begin), (other, end) = divmod(begin, step), divmod(end, step)
+            range_ = self.ranges[number]
+            apart = one != other if number < at else other not in range_
+            if number <= at and (apart or one not in range_):
+                return None
+            local += (one - range_.start) * inner
+        return local
+
     def of_whole(self, tensor: Tensor) -> Tensor:
         """The part of a whole tensor, in its `local` shape."""
         index = tuple(slice(range_.start, range_.stop) for range_ in self.ranges)
@@ -93,8 +111,9 @@ class Part:
 
         They are whole rows of the last side, unless the part is the whole.
         """
-        if self.is_whole:
-            into.view(-1)[first : first + len(values)].copy_(values)
+        begin = self.local_run(first, first + len(values) - 1)
+        if begin is not None:
+            into.view(-1)[begin : begin + len(values)].copy_(values)
             return
         *sides, width = self.shape
         *held, columns = self.ranges
@@ -172,15 +191,17 @@ class ModelSink:
         """
         held, into = self._into(name)
         values = torch.frombuffer(data, dtype=into.dtype).view(runs.count, runs.length)
-        if not held.part.is_whole:
+        last = runs.first + (runs.count - 1) * runs.step + runs.length - 1
+        begin = held.part.local_run(runs.first, last)
+        if begin is None:
             for number, run in enumerate(values):
                 self._write(name, held, into, runs.first + number * runs.step, run)
             return
         if into.dtype == torch.uint8:
             turn, at = runs.first // runs.step, runs.first % runs.step
             key = f"{name}[{at}::{runs.step}]"
-            self._claim(key, into.numel() // runs.step, turn, runs.count)
-        flat = into.view(-1)[runs.first :]
+            self._claim(key, math.prod(held.part.shape) // runs.step, turn, runs.count)
+        flat = into.view(-1)[begin:]
         flat.as_strided(values.shape, (runs.step, 1), flat.storage_offset()).copy_(values)
 
     def copy(

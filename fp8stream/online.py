@@ -73,12 +73,16 @@ class LoadResult:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a model was loaded, and is loaded again; `whole` says that the load came to its end."""
+    """How a model was loaded, and is loaded again; `whole` says that the load came to its end.
+
+    `rank` is which of how many ranks of tensor parallelism it is.
+    """
 
     scheme: Scheme
     patterns: Patterns
     experts: ExpertOptions
     mapping: Mapping[str, Rule] | None
+    rank: tuple[int, int] = (0, 1)
     whole: bool = False
 
     def decide(self, checkpoint: Checkpoint) -> Decisions:
@@ -129,6 +133,7 @@ def load_into(
         Patterns(tuple(ignore), tuple(include)),
         ExpertOptions(ExpertForm(experts)),
         mapping,
+        (tp_rank, tp_size),
     )
     where = find_devices(device)[0]
     check_model(model)
@@ -137,9 +142,9 @@ def load_into(
     fitted = coming.fit(model, recipe)
     if coming.is_known:
         _require(coming.placement, strict)
-    ours = Spread()
-    if (tp_rank, tp_size) != (0, 1):
-        group = Group(tp_rank, tp_size)
+    ours = Spread(dict(parts_of(model)))
+    if recipe.rank != (0, 1) and not ours.parts:
+        group = Group(*recipe.rank)
         ours = spread(model, fitted.quantized, coming.placement.ties, group, tp_plan)
     fitted = trimmed(fitted, ours.parts)
     # What is made on the way lies on the host, whatever device the caller is in the context of.
@@ -496,7 +501,13 @@ def _some(names: Sequence[str]) -> str:
 def _check_scheme(model: nn.Module, recipe: _Recipe) -> None:
     """Raises SchemeError for a model that is FP8 already, and otherwise than `recipe` says."""
     known = getattr(model, _RECIPE, recipe)
-    if granularities_of(model) and known.scheme != recipe.scheme:
+    there = bool(granularities_of(model) or parts_of(model))
+    if there and known.rank != recipe.rank:
+        raise SchemeError(
+            "tp_rank, tp_size: the model is rank {} of {} already, not {} of {}; begin with a new "
+            "skeleton".format(*known.rank, *recipe.rank)
+        )
+    if there and known.scheme != recipe.scheme:
         before, after = (r.scheme.granularity.value for r in (known, recipe))
         raise SchemeError(
             f"scheme {after!r}: the model's weights are {before} already; begin with a new "

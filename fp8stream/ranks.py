@@ -90,9 +90,10 @@ class Spread:
     def apply(self, model: nn.Module) -> None:
         """Leaves of the model's tensors those parts, and joins its modules to the other ranks'."""
         hold_parts(model, self.parts)
-        modules = dict(model.named_modules())
-        for name, join in self.joins.items():
-            join(modules[name])
+        # A module of several names is joined once.
+        joins = {id(model.get_submodule(name)): (name, join) for name, join in self.joins.items()}
+        for name, join in joins.values():
+            join(model.get_submodule(name))
 
 
 def spread(

@@ -59,6 +59,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "qwen2": TINY,
     "phi3": TINY,
     "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 512},
+    "many": {
+        **EXPERTS,
+        "hidden_size": 128,
+        "num_experts": 24,
+        "moe_intermediate_size": 128,
+    },
     "mixtral": {**EXPERTS, "num_local_experts": 4},
     "gpt_oss": {**EXPERTS, "num_local_experts": 4, "layer_types": ["full_attention"]},
     "llama4_text": {
@@ -99,6 +105,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Sources:
         if not directory.exists():
             torch.manual_seed(seed)
             kind = name.removesuffix("-tied").removesuffix("-grouped")
+            kind = kind.replace("many", "qwen3_moe")
             config = transformers.AutoConfig.for_model(kind, **CONFIGS[name])
             model = transformers.AutoModelForCausalLM.from_config(config)
             for key, parameter in model.named_parameters():
@@ -292,6 +299,24 @@ def test_reload_keeps_the_storage_of_a_rank(
         assert same(tensor, wanted[key]), key
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_experts_with_tensor_scales_are_reloaded_together(
+    run: Callable[..., Run], source: Sources, tmp_path: Path, size: int
+) -> None:
+    """Each of very many has a scale of its own, but all lie in one tensor."""
+    for seed in (0, 1):
+        asked = ("--scheme", "tensor", "--format", "fp8")
+        assert run("quantize", source("many", seed), tmp_path / str(seed), *asked).code == 0
+    at: dict[str, Any] = {"device": "cpu", "tp_size": size}
+    at |= {"tp_plan": {"*.experts": "experts"}} if size > 1 else {}
+    model, fresh = skeleton(source("many")), skeleton(source("many"))
+    load_into(model, tmp_path / "0", **at)
+    reload(model, tmp_path / "1")
+    load_into(fresh, tmp_path / "1", **at)
+    wanted = stored_tensors(fresh)
+    assert [n for n, t in stored_tensors(model).items() if not same(t, wanted[n])] == []
+
+
 # Refusals
 
 
@@ -427,6 +452,28 @@ def test_a_part_takes_what_is_its_own(data: st.DataObject) -> None:
     first, last = part.span()
     assert first <= wanted.min() <= wanted.max() < last
     assert first % width == last % width == 0
+    first, last = sorted(data.draw(st.integers(0, whole.numel() - 1)) for _ in range(2))
+    local, run = part.local_run(first, last), torch.arange(first, last + 1)
+    at = wanted.view(-1).tolist().index(first) if first in wanted else wanted.numel()
+    if local is None:
+        assert not torch.equal(wanted.view(-1)[at : at + len(run)], run)
+    else:
+        assert torch.equal(wanted.view(-1)[local : local + len(run)], run)
+
+
+def test_a_second_load_is_of_the_same_rank(source: Sources) -> None:
+    model = loaded(source("qwen3_moe"), 1, 2)
+    pointers = {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 2; begin with a new"):
+        load_into(model, source("qwen3_moe"), device="cpu", tp_rank=0, tp_size=2)
+    with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 1"):
+        load_into(model, source("qwen3_moe"), device="cpu")
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    load_into(model, source("qwen3_moe", 1), device="cpu", tp_rank=1, tp_size=2)
+    assert pointers == {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    assert forwards == [vars(module).get("forward") for module in model.modules()]
+    wanted = stored_tensors(loaded(source("qwen3_moe", 1), 1, 2))
+    assert all(same(t, wanted[n]) for n, t in stored_tensors(model).items())
 
 
 # A real run
