@@ -96,10 +96,9 @@ def _scales_of(weight: WeightPlan, scales: Tensor) -> Tensor:
 
 
 def _write(sink: ModelSink, name: str, view: View, values: Tensor) -> None:
-    runs, data, size = view.runs(0, *values.shape), bytes_of(values), values.element_size()
-    for run in range(runs.count):
-        at, length = (runs.first + run * runs.step) * size, runs.length * size
-        sink.write(name, at, data[run * length : (run + 1) * length])
+    runs, data = view.runs(0, *values.shape), bytes_of(values)
+    for begin, piece in runs.pieces(values.element_size()):
+        sink.write(name, begin, data[piece])
 
 
 def parted(layers: Iterable[LayerPlan]) -> Iterator[tuple[bool, LayerPlan]]:

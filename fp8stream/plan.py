@@ -219,10 +219,9 @@ class LayerPlan:
 
 def _pieces(tensor: OutputTensor, view: View, shape: tuple[int, int]) -> Iterator[Written]:
     """What a matrix of `shape` takes of an output tensor that it lies in."""
-    runs, itemsize = view.runs(0, *shape), tensor.itemsize
-    for run in range(runs.count):
-        begin = (runs.first + run * runs.step) * itemsize
-        yield Written(tensor.name, begin, begin + runs.length * itemsize)
+    runs = view.runs(0, *shape)
+    for begin, _ in runs.pieces(tensor.itemsize):
+        yield Written(tensor.name, begin, begin + runs.length * tensor.itemsize)
 
 
 @dataclass(frozen=True)

@@ -123,10 +123,8 @@ class ShardReader:
 
         Raises CheckpointError as `read_into` does.
         """
-        size = runs.length * spec.itemsize
-        for run in range(runs.count):
-            offset = spec.offset + (runs.first + run * runs.step) * spec.itemsize
-            self.read_into(buffer[run * size : (run + 1) * size], offset, spec.name)
+        for begin, piece in runs.pieces(spec.itemsize):
+            self.read_into(buffer[piece], spec.offset + begin, spec.name)
 
     def give_back_runs(self, runs: Runs, spec: TensorSpec) -> None:
         """Frees the pages of what `read_runs` read. Those of several runs hold parts of other

@@ -236,9 +236,6 @@ def _write(
 ) -> None:
     view = weight.scales_at if scale else weight.codes_at
     height, width = values.shape if values.ndim == 2 else (1, len(values))
-    runs, size = view.runs(0, height, width), values.element_size()
-    data = bytes_of(values)
-    for run in range(runs.count):
-        begin = (runs.first + run * runs.step) * size
-        length = runs.length * size
-        writer.write(name, begin, data[run * length : (run + 1) * length])
+    runs, data = view.runs(0, height, width), bytes_of(values)
+    for begin, piece in runs.pieces(values.element_size()):
+        writer.write(name, begin, data[piece])

@@ -244,10 +244,8 @@ class Worker:
         if runs.count > 1 and isinstance(self._sink, RunsSink):
             self._sink.write_runs(name, runs, data)
             return
-        size = runs.length * itemsize
-        for run in range(runs.count):
-            at = (runs.first + run * runs.step) * itemsize
-            self._sink.write(name, at, data[run * size : (run + 1) * size])
+        for begin, piece in runs.pieces(itemsize):
+            self._sink.write(name, begin, data[piece])
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

@@ -5,7 +5,7 @@ a first element and two steps, and whatever is read or written is a few equal ru
 distances. Pure.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -21,6 +21,14 @@ class Runs:
     @property
     def elements(self) -> int:
         return self.count * self.length
+
+    def pieces(self, itemsize: int) -> Iterator[tuple[int, slice]]:
+        """For each run the byte of the tensor at which it begins, and which bytes it is of all
+        runs one after another, where an element takes `itemsize`."""
+        size = self.length * itemsize
+        for run in range(self.count):
+            begin = (self.first + run * self.step) * itemsize
+            yield begin, slice(run * size, (run + 1) * size)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Checkpoints of every shape, made on the spot: no network, no fixtures on disk."""
 
 import json
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -28,6 +30,8 @@ LLAMA: Mapping[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 Tensors = dict[str, torch.Tensor]
+# After which a test that may hang has failed.
+SECONDS = 20
 
 
 def llama_tensors(
@@ -106,6 +110,33 @@ def open_writer(
     """A writer of `files`, in a directory that will be `output`."""
     with OutputDirectory(output, {}) as directory, CheckpointWriter(directory, files, there) as w:
         yield w
+
+
+def small_tensors() -> Tensors:
+    """A llama of one layer, for tests that look at names and files."""
+    return llama_tensors(hidden=64, inter=128, layers=1, kv=64, vocab=32)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A good checkpoint of two files, with an index and a side file."""
+    directory = write_checkpoint(tmp_path / "source", small_tensors(), shards=2)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    """Fails a test that hangs, as one that opens a FIFO would."""
+
+    def ring(number: int, frame: FrameType | None) -> NoReturn:
+        pytest.fail("took too long")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

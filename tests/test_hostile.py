@@ -8,16 +8,14 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import stat
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -29,39 +27,15 @@ from fp8stream import device, header
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.errors import CheckpointError
 from fp8stream.header import open_regular
-from tests.conftest import LLAMA, Run, llama_tensors, write_checkpoint
+from tests.conftest import LLAMA, Run, llama_tensors, small_tensors, write_checkpoint
 
 Runner = Callable[..., Run]
 Make = Callable[[Path], object]
 ONE = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-SECONDS = 20
 
 
-@pytest.fixture(autouse=True)
-def alarm() -> Iterator[None]:
-    """Fails a test that hangs."""
-
-    def ring(number: int, frame: FrameType | None) -> NoReturn:
-        pytest.fail("took too long")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A good checkpoint of two files, with an index and a side file."""
-    directory = write_checkpoint(tmp_path / "source", small_tensors(), shards=2)
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
-
-
-def small_tensors() -> dict[str, torch.Tensor]:
-    return llama_tensors(hidden=64, inter=128, layers=1, kv=64, vocab=32)
+pytestmark = pytest.mark.usefixtures("alarm")
 
 
 def listing(directory: Path) -> list[str]:

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -17,8 +16,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.writer import CheckpointWriter
-from tests.conftest import LLAMA, Run, llama_tensors, write_checkpoint
+from tests.conftest import LLAMA, SECONDS, Run, llama_tensors, small_tensors, write_checkpoint
 
 Break = Callable[[Path], object]
 Runner = Callable[..., Run]
@@ -39,34 +37,10 @@ WORK_SUFFIX = ".fp8stream-partial"
 # A tensor of file ONE, with others before and behind it.
 TENSOR = "model.layers.0.self_attn.k_proj.weight"
 LONGEST_MESSAGE = 1000
-SECONDS = 20
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 4976698672\n"
 
 
-@pytest.fixture(autouse=True)
-def alarm() -> Iterator[None]:
-    """Fails a test that hangs, as one that opens a FIFO would."""
-
-    def ring(number: int, frame: FrameType | None) -> NoReturn:
-        pytest.fail("took too long")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """A good checkpoint of two files, with an index and a side file."""
-    directory = write_checkpoint(tmp_path / "source", small_tensors(), shards=2)
-    (directory / "tokenizer.json").write_text("{}")
-    return directory
-
-
-def small_tensors() -> dict[str, torch.Tensor]:
-    return llama_tensors(hidden=64, inter=128, layers=1, kv=64, vocab=32)
+pytestmark = pytest.mark.usefixtures("alarm")
 
 
 def fingerprint(directory: Path) -> dict[str, tuple[int, int, str]]:
