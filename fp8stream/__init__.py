@@ -7,7 +7,7 @@ users call is loaded when it is first asked for.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fp8stream.linear import FP8Experts as FP8Experts
+    from fp8stream.fused_experts import FP8Experts as FP8Experts
     from fp8stream.linear import FP8Linear as FP8Linear
     from fp8stream.mapping import Part as Part
     from fp8stream.online import LoadResult as LoadResult
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "FP8Experts": "linear",
+    "FP8Experts": "fused_experts",
     "FP8Linear": "linear",
     "LoadResult": "online",
     "Part": "mapping",

@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from fp8stream.errors import SchemeError
 from fp8stream.fitting import Fit
-from fp8stream.linear import ExpertsForm, FP8Experts, FP8Linear, describe_experts
+from fp8stream.fused_experts import ExpertsForm, FP8Experts, describe_experts
+from fp8stream.linear import FP8Linear
 from fp8stream.live import Part
 from fp8stream.places import Matrix, Place
 from fp8stream.plan import LayerPlan

@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from fp8stream.conversions import wider
 from fp8stream.errors import CheckpointError, DeviceError
 from fp8stream.fitting import Weight
-from fp8stream.linear import FP8Experts, FP8Linear, describe_experts
+from fp8stream.fused_experts import FP8Experts, describe_experts
+from fp8stream.linear import FP8Linear
 from fp8stream.live import Part
 from fp8stream.mapping import Placement, model_tensors
 from fp8stream.scheme import Granularity

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fp8stream import linear as live
+from fp8stream import matmul
 from fp8stream.errors import SchemeError
 from fp8stream.fp8 import dequantize_weight, quantize_weight
-from fp8stream.linear import FP8Experts, FP8Linear, describe_experts, quantize_activations
+from fp8stream.fused_experts import FP8Experts, describe_experts
+from fp8stream.fused_experts import _part as part_of
+from fp8stream.linear import FP8Linear
+from fp8stream.matmul import quantize_activations
 from fp8stream.scheme import Granularity
+from fp8stream.skeleton import find_weights
 from tests import oracle
 
 pytestmark = pytest.mark.thorough
@@ -137,8 +141,8 @@ def test_runs_change_nothing(granularity: Granularity, monkeypatch: pytest.Monke
     module = layer(130, 700, granularity)
     whole = module.dequantize()
     assert torch.equal(whole, dequantize_weight(module.weight.data, module.weight_scale.data))
-    monkeypatch.setattr(live, "_RUN", 1)
-    runs = list(live._dequantized_runs(module.weight.data, module.weight_scale.data))
+    monkeypatch.setattr(matmul, "_RUN", 1)
+    runs = list(matmul._dequantized_runs(module.weight.data, module.weight_scale.data))
     assert len(runs) > 5
     assert torch.equal(module.dequantize(), whole)
     assert torch.equal(module.dequantize(torch.bfloat16), whole.bfloat16())
@@ -147,8 +151,8 @@ def test_runs_change_nothing(granularity: Granularity, monkeypatch: pytest.Monke
 @granularities
 def test_a_run_is_small(granularity: Granularity) -> None:
     module = layer(1700, 2000, granularity)
-    runs = live._dequantized_runs(module.weight.data, module.weight_scale.data)
-    assert max(wide.numel() for _, wide in runs) <= live._RUN < module.weight.numel() / 3
+    runs = matmul._dequantized_runs(module.weight.data, module.weight_scale.data)
+    assert max(wide.numel() for _, wide in runs) <= matmul._RUN < module.weight.numel() / 3
 
 
 def test_every_code_is_the_number_that_it_is() -> None:
@@ -157,7 +161,7 @@ def test_every_code_is_the_number_that_it_is() -> None:
     numbers[numbers.isnan()] = 0
     for each in (codes, numbers.to(torch.float8_e4m3fn)):
         for scale in (torch.full((1,), 7e35), torch.full((2, 1), 2.0**-126), torch.ones(1, 1)):
-            found = live._dequantized(each, scale, torch.float32)
+            found = matmul.dequantized(each, scale, torch.float32)
             assert torch.equal(found.nan_to_num(1e9), (each.float() * scale).nan_to_num(1e9))
 
 
@@ -391,7 +395,7 @@ def quantize_expert(experts: FP8Experts, name: str, expert: int, matrix: torch.T
     parts = experts.form.parts(name)
     for part in range(parts):
         codes, scale = experts.part(name, expert, part)
-        own = live._part(matrix, part, parts, experts.form.interleaved).contiguous()
+        own = part_of(matrix, part, parts, experts.form.interleaved).contiguous()
         if experts.granularity is Granularity.TENSOR:
             wanted = oracle.quantize([own, matrix], Granularity.TENSOR)
         else:
@@ -480,7 +484,7 @@ def linear_of(experts: FP8Experts, name: str, expert: int) -> Callable[..., torc
         made.weight_scale.data.copy_(scale)
         if experts.form.biases:
             bias = experts.get_parameter(f"{name}_bias").data[expert]
-            made.bias = nn.Parameter(live._part(bias, part, parts, experts.form.interleaved))
+            made.bias = nn.Parameter(part_of(bias, part, parts, experts.form.interleaved))
         layers.append(made)
     if experts.form.interleaved and parts > 1:
         return lambda x: torch.stack([one(x) for one in layers], 2).flatten(1)
@@ -496,7 +500,7 @@ def test_gate_and_up_have_the_bytes_that_they_have_alone(granularity: Granularit
         made = converted(module, granularity)
         if made.form.transposed:
             matrix = matrix.T
-        halves = [live._part(matrix, part, 2, made.form.interleaved) for part in range(2)]
+        halves = [part_of(matrix, part, 2, made.form.interleaved) for part in range(2)]
         for part, half in enumerate(halves):
             group = [half, halves[1 - part]]
             codes, scale = oracle.quantize(group, granularity)
@@ -601,15 +605,19 @@ def test_modules_that_are_not_understood_are_left() -> None:
 
 
 def test_what_does_more_than_a_linear_layer_is_not_replaced() -> None:
-    assert live.replaces(nn.Linear(2, 2))
-    assert live.replaces(original("GptOssExperts"))
-    assert not live.replaces(nn.MultiheadAttention(2, 1).out_proj)
-    assert not live.replaces(nn.Embedding(2, 2))
-    assert not live.replaces(layer(16, 16, Granularity.CHANNEL))
+    def is_found(module: nn.Module) -> bool:
+        return bool(find_weights(nn.ModuleDict({"it": module})))
+
+    settings = pytest.importorskip("transformers").Llama4TextConfig
     llama4 = importlib.import_module("transformers.models.llama4.modeling_llama4")
-    router = llama4.Llama4Router.__new__(llama4.Llama4Router)
+    router = llama4.Llama4Router(settings(hidden_size=2, num_local_experts=2))
     assert isinstance(router, nn.Linear)
-    assert not live.replaces(router)
+    assert is_found(nn.Linear(2, 2))
+    assert is_found(original("GptOssExperts"))
+    assert not is_found(nn.Embedding(2, 2))
+    assert not is_found(router)
+    # Attention reads the weight of this one, and never calls it.
+    assert not is_found(nn.MultiheadAttention(2, 1))
 
 
 @pytest.mark.parametrize("held", [range(0), range(3, 9), range(0, 4, 2)])
@@ -698,12 +706,12 @@ def test_a_kernel_is_looked_for_while_a_graph_is_traced(monkeypatch: pytest.Monk
         return False
 
     constant = torch.compiler.assume_constant_result(answer)  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(live, "_has_kernel", constant)
+    monkeypatch.setattr(matmul, "_has_kernel", constant)
     module = layer(256, 256, Granularity.BLOCK)
     x = random(3, 256)
     assert torch.equal(compiled(module, "eager")(x), module(x))
     assert asked[0] == (torch.device("cpu"), True, torch.float32)
-    assert not live._has_kernel(torch.device("cpu"), False, torch.float32)
+    assert not matmul._has_kernel(torch.device("cpu"), False, torch.float32)
 
 
 # Kernels: torch has one for rows on the CPU too, which tells whether operands lie as they must
@@ -719,7 +727,7 @@ def test_operands_of_rows_are_as_the_kernel_wants_them(
     x = random(tokens, 640)
     operands = *quantize_activations(x, granularity), module.weight, module.weight_scale
     try:
-        found = live._scaled_rows(*operands, dtype)
+        found = matmul._scaled_rows(*operands, dtype)
     except NotImplementedError:
         pytest.skip("this torch has no such kernel for the CPU")
     assert found.dtype == dtype
@@ -736,10 +744,10 @@ def test_operands_of_blocks_are_as_the_kernel_wants_them(tokens: int, columns: i
         x, x_scale = quantize_activations(torch.empty(tokens, columns), Granularity.BLOCK)
         weight = torch.empty(256, columns, dtype=torch.float8_e4m3fn)
         scale = torch.empty(2, columns // BLOCK)
-        found = live._scaled_blocks(x, x_scale, weight, scale, torch.bfloat16)
+        found = matmul._scaled_blocks(x, x_scale, weight, scale, torch.bfloat16)
         assert (found.shape, found.dtype) == ((tokens, 256), torch.bfloat16)
         with pytest.raises(RuntimeError, match="128x128 blockwise"):
-            live._scaled_blocks(x, x_scale, weight, scale.T.contiguous().T[:1], torch.bfloat16)
+            matmul._scaled_blocks(x, x_scale, weight, scale.T.contiguous().T[:1], torch.bfloat16)
 
 
 # GPUs
@@ -774,7 +782,7 @@ def test_a_kernel_is_used_where_it_must_exist(granularity: Granularity) -> None:
         pytest.skip("torch multiplies blocks on Hopper alone")
     if block and not hasattr(torch.nn.functional, "scaled_mm"):
         pytest.skip("this torch multiplies no blocks")
-    assert live._has_kernel(torch.device("cuda", 0), block, torch.bfloat16)
+    assert matmul._has_kernel(torch.device("cuda", 0), block, torch.bfloat16)
 
 
 @on_gpu

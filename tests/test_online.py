@@ -20,7 +20,8 @@ from torch import Tensor, nn
 import fp8stream
 from fp8stream import device, live, online, skeleton
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
-from fp8stream.linear import FP8Experts, FP8Linear
+from fp8stream.fused_experts import FP8Experts
+from fp8stream.linear import FP8Linear
 from fp8stream.mapping import Part, model_tensors
 from fp8stream.memory import MIB, MemoryUsage
 from fp8stream.scheme import Granularity

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fp8stream import online, skeleton
 from fp8stream.errors import CheckpointError, DeviceError
-from fp8stream.linear import FP8Experts, FP8Linear
+from fp8stream.fused_experts import FP8Experts
+from fp8stream.linear import FP8Linear
 from fp8stream.mapping import Part, Rule, model_tensors
 from fp8stream.memory import MIB
 from fp8stream.scheme import Granularity

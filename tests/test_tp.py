@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fp8stream.errors import CheckpointError, SchemeError
-from fp8stream.linear import FP8Experts, FP8Linear
+from fp8stream.fused_experts import FP8Experts
+from fp8stream.linear import FP8Linear
 from fp8stream.live import Part
 from fp8stream.online import load_into, reload
 from fp8stream.places import Place, strides
