@@ -36,6 +36,23 @@ class Saved:
     places: tuple[Place, ...]
     composed: Composed | None = None
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The model's tensors that it is made of."""
+        if self.composed:
+            return self.composed.sources
+        return tuple(dict.fromkeys(place.source for place in self.places))
+
+    def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """It, on the host and contiguous, made of the model's `tensors`."""
+        if self.composed:
+            sources = {name: tensors[name].detach() for name in self.sources}
+            return self.composed.convert(sources)[self.name].cpu().contiguous()
+        made = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        for place in self.places:
+            place.apply(made, tensors[place.source])
+        return made
+
 
 def as_it_is(name: str, tensor: Tensor) -> Saved:
     shape = tuple(tensor.shape)

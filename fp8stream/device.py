@@ -15,13 +15,35 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fp8stream.errors import DeviceError, DeviceMemoryError
+from fp8stream.errors import CheckpointError, DeviceError, DeviceMemoryError
 from fp8stream.fp8 import Quantizer, is_finite
+from fp8stream.header import TensorSpec
 from fp8stream.memory import SMALLEST_SCRATCH, Workspace
 from fp8stream.plan import Batch
 from fp8stream.scheme import Granularity
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Those of tensors that are not quantized.
+_OTHER_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in {**_OTHER_DTYPES, **TORCH_DTYPES}.items()}
+
+
+def dtype_of(spec: TensorSpec) -> torch.dtype:
+    """The torch dtype of a checkpoint tensor. Raises CheckpointError for one that torch lacks."""
+    found = TORCH_DTYPES.get(spec.dtype) or _OTHER_DTYPES.get(spec.dtype)
+    if found is None:
+        raise CheckpointError(f"{spec.file}: tensor {spec.name!r}: {spec.dtype} cannot be loaded")
+    return found
 
 
 class Event(Protocol):

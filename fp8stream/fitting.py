@@ -7,9 +7,14 @@ made here stream as any others do. Pure.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
 
+from fp8stream.coded import Coded, CodedRows, can_be, common, scales_of
+from fp8stream.errors import CheckpointError, SchemeError
+from fp8stream.filled import Composed
 from fp8stream.header import TensorSpec
 from fp8stream.layout import OutputTensor
 from fp8stream.mapping import Placement
@@ -70,16 +75,35 @@ class _Piece:
 
 @dataclass(frozen=True)
 class Fit:
-    """`layers` stream the checkpoint into the model; `units` say of each layer's number with which
-    it belongs together, `tensors` of each such unit what it writes. `copied` says where a tensor
-    goes that is not quantized. `quantized` are the modules that are FP8, and how."""
+    """`layers` stream the checkpoint into the model, and what is `composed` has numbers of its own.
+
+    What belongs together is a unit: `units` say it of each number, `tensors` of each unit what it
+    holds. `copied` says where a tensor goes that is not quantized. `quantized` are the modules that
+    are FP8, and how.
+    """
 
     layers: tuple[LayerPlan, ...]
+    composed: tuple[tuple[int, Composed], ...]
     units: Mapping[int, str]
     tensors: Mapping[str, frozenset[str]]
     copied: Mapping[str, Sequence[Place]]
     quantized: Mapping[str, Granularity]
     warnings: tuple[str, ...]
+
+    def without(self, units: Container[str]) -> "Fit":
+        """The same without some units."""
+        return replace(
+            self,
+            layers=tuple(one for one in self.layers if self.units[one.number] not in units),
+            composed=tuple(one for one in self.composed if self.units[one[0]] not in units),
+            units={number: unit for number, unit in self.units.items() if unit not in units},
+            tensors={unit: names for unit, names in self.tensors.items() if unit not in units},
+        )
+
+    @cached_property
+    def unit_of(self) -> Mapping[str, str]:
+        """The unit of each tensor of the model that is filled."""
+        return {name: unit for unit, names in self.tensors.items() for name in names}
 
 
 def granularities(plan: Decisions, experts: bool) -> dict[str, Granularity]:
@@ -96,55 +120,173 @@ def granularities(plan: Decisions, experts: bool) -> dict[str, Granularity]:
     return found
 
 
-def fit(
-    plan: Decisions,
-    chosen: Mapping[str, Granularity],
-    placement: Placement,
-    weights: Sequence[Weight],
-    fixed: Mapping[str, Granularity],
-) -> Fit:
+class _Ready(NamedTuple):
+    """A weight that can be FP8, and how all of it comes."""
+
+    weight: Weight
+    pieces: list[_Piece]
+    granularity: Granularity
+
+
+@dataclass
+class Fitting:
     """Fits the tensors of `plan`, quantized as `chosen`, to the model's `weights`.
 
-    If modules are FP8 already, `fixed` says how, and no other will be. A weight that does not come
-    whole, or is tied to what cannot be FP8, stays as it is.
+    If modules are FP8 already, `fixed` says how, and no other will be. `coded` are those tensors
+    that are FP8 already. A weight that does not come whole, or is tied to what cannot be FP8, stays
+    as it is, and so does one that is `held_back`, for the reason that is given. Each of `together`
+    names modules that change at once besides those that must.
     """
-    places = placement.by_target
-    unfit = _unfit(placement, weights)
-    specs = {tensor.spec.name: tensor.spec for tensor in plan.tensors}
-    sets = {t.spec.name: w.shared for t in plan.tensors for w in t.weights if w.shared}
-    warnings: list[str] = []
-    ready: dict[str, tuple[Weight, list[_Piece], Granularity]] = {}
-    for weight in weights:
-        if weight.target in unfit and places.get(weight.target):
-            warnings.append(f"{weight.target} stays as it is: {unfit[weight.target]}")
-            continue
-        if fixed:
-            granularity = fixed.get(weight.module) if places.get(weight.target) else None
-        else:
-            granularity = _granularity(weight, places, chosen, warnings)
-        if granularity is None:
-            continue
-        pieces = _pieces(weight, places[weight.target], specs, granularity)
+
+    plan: Decisions
+    chosen: Mapping[str, Granularity]
+    placement: Placement
+    weights: Sequence[Weight]
+    fixed: Mapping[str, Granularity] = field(default_factory=dict)
+    coded: Mapping[str, Coded] = field(default_factory=dict)
+    held_back: Mapping[str, str] = field(default_factory=dict)
+    together: Iterable[frozenset[str]] = ()
+
+    def __post_init__(self) -> None:
+        self._specs = {tensor.spec.name: tensor.spec for tensor in self.plan.tensors}
+        self._warnings: list[str] = []
+
+    def fit(self) -> Fit:
+        """Raises SchemeError for codes that a module that is FP8 already cannot have, and
+        CheckpointError for rows that it does not get whole."""
+        ready = self._alike(self._ready())
+        sets = {t.spec.name: w.shared for t in self.plan.tensors for w in t.weights if w.shared}
+        layers = _Layers(sets)
+        for one in ready:
+            layers.add(*one)
+        narrow = {one.weight.target for one in ready}
+        narrow |= {weight.target for weight in self.weights if weight.module in self.fixed}
+        copied: dict[str, list[Place]] = {}
+        for tensor in self.plan.tensors:
+            goes = self.placement.by_source.get(tensor.spec.name, ())
+            if rest := [place for place in goes if place.target not in narrow]:
+                layers.keep(tensor, rest)
+                copied[tensor.spec.name] = rest
+        self._warn_of_numbers([name for name in copied if name in self.coded])
+        units = _Units(self.together)
+        made = layers.layers(units, copied, self._composed())
+        modules = {one.weight.module: one.granularity for one in ready}
+        return Fit(*made, copied, modules, tuple(self._warnings))
+
+    def _composed(self) -> list[tuple[Composed, set[str]]]:
+        """What is composed, and what it fills: of tied tensors the name that is filled."""
+        ties = self.placement.ties
+        return [(one, {ties.get(n, n) for n in one.targets}) for one in self.placement.composed]
+
+    def _ready(self) -> list[_Ready]:
+        unfit = {**_unfit(self.placement, self.weights), **self.held_back}
+        found: list[_Ready] = []
+        for weight in self.weights:
+            places = self.placement.by_target.get(weight.target, ())
+            if not places:
+                continue
+            if weight.target in unfit and weight.module not in self.fixed:
+                self._stays(weight, unfit[weight.target])
+                continue
+            granularity, why = self._granularity(weight, places)
+            pieces = self._pieces(weight, places, granularity) if granularity else None
+            if granularity and pieces is not None:
+                found.append(_Ready(weight, pieces, granularity))
+            elif granularity or why:
+                self._stays(weight, why or "it does not come in whole rows")
+        return found
+
+    def _stays(self, weight: Weight, why: str) -> None:
+        if weight.module in self.fixed:
+            raise CheckpointError(f"{weight.target}: is FP8, and cannot be filled: {why}")
+        self._warnings.append(f"{weight.target} stays as it is: {why}")
+
+    def _granularity(
+        self, weight: Weight, places: Sequence[Place]
+    ) -> tuple[Granularity | None, str]:
+        """How the weight will be quantized; None where it will not be, and why, if unexpected."""
+        fixed, sources = self.fixed.get(weight.module), {place.source for place in places}
+        if self.fixed and fixed is None:
+            return None, ""
+        if sources & self.coded.keys():
+            return self._of_codes(weight, places, fixed)
+        found = {self.chosen.get(name) for name in sources}
+        if fixed or len(found) == 1:
+            return fixed or found.pop(), ""
+        return None, "not all that feeds it is quantized alike"
+
+    def _of_codes(
+        self, weight: Weight, places: Sequence[Place], fixed: Granularity | None
+    ) -> tuple[Granularity | None, str]:
+        if not all(self.coded.get(place.source) for place in places):
+            return None, "part of it comes as FP8 codes, and part does not"
+        if not all(place.source in self.chosen for place in places):
+            return None, ""
+        pieces = self._pieces(weight, places, Granularity.CHANNEL)
         if pieces is None:
-            warnings.append(f"{weight.target} stays as it is: it does not come in whole rows")
-            continue
-        ready[weight.target] = weight, pieces, granularity
-    whole = {*fixed} or _whole_modules(weights, ready)
-    modules = {ready[t][0].module: ready[t][2] for t in ready if ready[t][0].module in whole}
-    gone = {t for t in ready if ready[t][0].module not in whole}
-    builder = _Layers(sets)
-    for target, (weight, pieces, granularity) in ready.items():
-        if target not in gone:
-            builder.add(weight, pieces, granularity)
-    narrow = {t for t in ready if t not in gone} | {w.target for w in weights if w.module in fixed}
-    copied: dict[str, list[Place]] = {}
-    for tensor in plan.tensors:
-        goes = [p for p in placement.by_source.get(tensor.spec.name, ()) if p.target not in narrow]
-        if goes:
-            builder.keep(tensor, goes)
-            copied[tensor.spec.name] = goes
-    layers, units = builder.layers()
-    return Fit(layers, units, builder.tensors(), copied, modules, tuple(warnings))
+            return None, "its codes do not come in whole rows"
+        by_matrix: dict[int, list[CodedRows]] = defaultdict(list)
+        for piece in pieces:
+            rows = CodedRows(self.coded[piece.spec.name], piece.source, piece.rows)
+            by_matrix[piece.expert].append(rows)
+        found = common(map(scales_of, by_matrix.values()))
+        if fixed is None:
+            return found, "" if found else "the scales of its codes cannot be put together"
+        if not all(can_be(rows, fixed) for rows in by_matrix.values()):
+            of = found.value if found else "mixed"
+            raise SchemeError(
+                f"{weight.target}: comes as FP8 codes with {of} scales, and has {fixed.value} "
+                "scales in the model; load it into a new skeleton, or give it in 16 bit"
+            )
+        return fixed, ""
+
+    def _pieces(
+        self, weight: Weight, places: Sequence[Place], granularity: Granularity
+    ) -> list[_Piece] | None:
+        return _pieces(weight, places, self._specs, granularity)
+
+    def _alike(self, ready: Sequence[_Ready]) -> list[_Ready]:
+        """Those of modules all of whose weights are ready, and alike."""
+        kinds: dict[str, set[Granularity | None]] = defaultdict(set)
+        known = {one.weight.target: one for one in ready}
+        for weight in self.weights:
+            one = known.get(weight.target)
+            kinds[weight.module].add(one.granularity if one else None)
+        if self.fixed:
+            return list(ready)
+        shared = {module: common(found) for module, found in kinds.items()}
+        alike = [(one, shared[one.weight.module]) for one in ready]
+        return [one._replace(granularity=granularity) for one, granularity in alike if granularity]
+
+    def _warn_of_numbers(self, names: Sequence[str]) -> None:
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self._warnings.append(f"{', '.join(names[:3])}{more}: from FP8 codes back to numbers")
+
+
+def module_of(target: str) -> str:
+    """The module of a tensor of the model; of one that is the model's own, the tensor."""
+    return target.rpartition(".")[0] or target
+
+
+class _Units:
+    """Modules that change at once, as they share a layer: each is called by its first."""
+
+    def __init__(self, together: Iterable[frozenset[str]]) -> None:
+        self._first: dict[str, str] = {}
+        for modules in together:
+            self.join(modules)
+
+    def join(self, modules: Iterable[str]) -> None:
+        first, *others = sorted({self.of(module) for module in modules})
+        self._first |= dict.fromkeys(others, first)
+
+    def of(self, module: str) -> str:
+        """The unit of a module."""
+        first = self._first.setdefault(module, module)
+        while first != self._first[first]:
+            first = self._first[module] = self._first[first]
+        return first
 
 
 def _unfit(placement: Placement, weights: Sequence[Weight]) -> dict[str, str]:
@@ -155,31 +297,6 @@ def _unfit(placement: Placement, weights: Sequence[Weight]) -> dict[str, str]:
         if not {name, filled} <= linear:
             why[filled] = f"it is tied to {name}"
     return why
-
-
-def _granularity(
-    weight: Weight,
-    places: Mapping[str, Sequence[Place]],
-    chosen: Mapping[str, Granularity],
-    warnings: list[str],
-) -> Granularity | None:
-    """How all that feeds the weight is quantized; None where it is not, or not alike."""
-    sources = {place.source for place in places.get(weight.target, ())}
-    found = {chosen.get(name) for name in sources}
-    if len(found) > 1:
-        warnings.append(f"{weight.target} stays as it is: not all that feeds it is quantized alike")
-    return found.pop() if len(found) == 1 else None
-
-
-def _whole_modules(
-    weights: Sequence[Weight], ready: Mapping[str, tuple[Weight, list[_Piece], Granularity]]
-) -> set[str]:
-    """The modules all of whose weights are ready, and alike."""
-    kinds: dict[str, set[Granularity | None]] = defaultdict(set)
-    for weight in weights:
-        known = ready.get(weight.target)
-        kinds[weight.module].add(known[2] if known else None)
-    return {module for module, found in kinds.items() if len(found) == 1 and None not in found}
 
 
 def _pieces(
@@ -256,8 +373,6 @@ class _Layers:
         self._sets = sets
         self._weights: dict[str, list[WeightPlan]] = defaultdict(list)
         self._kept: dict[str, list[TensorPlan]] = defaultdict(list)
-        self._units: dict[str, str] = {}
-        self._tensors: dict[str, set[str]] = defaultdict(set)
 
     def add(self, weight: Weight, pieces: Sequence[_Piece], granularity: Granularity) -> None:
         shared = self._shared(weight, pieces)
@@ -266,9 +381,6 @@ class _Layers:
             plan = _weight_plan(weight, piece, granularity, key)
             name = key or f"{plan.name}+{piece.expert}.{piece.part}.{piece.first}"
             self._weights[name].append(plan)
-            # What shares a scale changes together, even over several modules.
-            self._units[name] = weight.module if weight.experts else key or weight.module
-            self._tensors[self._units[name]] |= {plan.codes.name, plan.scales.name}
 
     def _shared(self, weight: Weight, pieces: Sequence[_Piece]) -> dict[int, str]:
         """For each expert, the key of all that has its tensor scale."""
@@ -279,24 +391,45 @@ class _Layers:
         return keys
 
     def keep(self, tensor: TensorPlan, goes: Sequence[Place]) -> None:
-        """A tensor that is kept, with the module that it goes to."""
-        module = goes[0].target.rpartition(".")[0] or goes[0].target
-        self._tensors[module] |= {place.target for place in goes}
-        self._kept[module].append(TensorPlan(tensor.spec, Kept(tensor.known)))
-        self._units.setdefault(module, module)
+        """A tensor that is kept, with the first module that it goes to."""
+        self._kept[module_of(goes[0].target)].append(TensorPlan(tensor.spec, Kept(tensor.known)))
 
-    def tensors(self) -> dict[str, frozenset[str]]:
-        """What each unit writes."""
-        return {unit: frozenset(names) for unit, names in self._tensors.items()}
-
-    def layers(self) -> tuple[tuple[LayerPlan, ...], dict[int, str]]:
-        """Layers, those of one unit after each other, and the unit of each."""
-        names = sorted({**self._kept, **self._weights}, key=lambda name: self._units[name])
+    def layers(
+        self,
+        units: _Units,
+        copied: Mapping[str, Sequence[Place]],
+        composed: Sequence[tuple[Composed, set[str]]],
+    ) -> tuple[
+        tuple[LayerPlan, ...],
+        tuple[tuple[int, Composed], ...],
+        dict[int, str],
+        dict[str, frozenset[str]],
+    ]:
+        """Layers, those of one unit after each other, what is composed with the numbers after
+        theirs, the unit of each, and what units hold."""
+        fills = {name: self._targets(name, copied) for name in (*self._kept, *self._weights)}
+        every = [*fills.values(), *(targets for _, targets in composed)]
+        for targets in every:
+            units.join(map(module_of, targets))
+        unit = [units.of(module_of(min(targets))) for targets in every]
+        of = dict(zip(fills, unit, strict=False))
         layers = [
             LayerPlan(number, name, self._weights.get(name, []), self._kept.get(name, []))
-            for number, name in enumerate(names)
+            for number, name in enumerate(sorted(fills, key=lambda name: of[name]))
         ]
-        return tuple(layers), {layer.number: self._units[layer.name] for layer in layers}
+        numbered = {layer.number: of[layer.name] for layer in layers}
+        numbered |= dict(enumerate(unit[len(fills) :], len(fills)))
+        holds: dict[str, set[str]] = defaultdict(set)
+        for name, targets in zip(unit, every, strict=True):
+            holds[name] |= targets
+        made = enumerate((one for one, _ in composed), len(fills))
+        return tuple(layers), tuple(made), numbered, {n: frozenset(t) for n, t in holds.items()}
+
+    def _targets(self, name: str, copied: Mapping[str, Sequence[Place]]) -> set[str]:
+        """What a layer fills of the model."""
+        kept = (p.target for t in self._kept.get(name, ()) for p in copied[t.spec.name])
+        weights = self._weights.get(name, ())
+        return {*kept, *(t.name for w in weights for t in (w.codes, w.scales))}
 
 
 def _weight_plan(

@@ -26,17 +26,12 @@ from fp8stream.plan import LayerPlan, Plan, TensorPlan, modules_of, plan_quantiz
 from fp8stream.policy import Patterns
 from fp8stream.replan import ANY_RESOURCES, Specs, expert_options, likely_schemes
 from fp8stream.roles import SOURCE_DTYPES, Role
-from fp8stream.scheme import CODE_DTYPE, Granularity, Scheme
+from fp8stream.scheme import CODE_DTYPE, Granularity, Scheme, is_of_activations, scale_names
 from fp8stream.structure import Config
 from fp8stream.views import View
 from fp8stream.weights import Kept, LinearLayers, WeightPlan
 
 _SCALE_DTYPES = ("F32", "BF16", "F16")
-# What other tools store beside weights: of activations and caches, which have no source.
-_OF_ACTIVATIONS = (
-    *("input_scale", "output_scale", "activation_scale", "q_scale", "k_scale", "v_scale"),
-    *("prob_scale", "input_zero_point", "weight_zero_point", "output_zero_point"),
-)
 # What engines take for linear layers in every model, and must be told of; of the rest, of some.
 _SURELY_LINEAR = (Role.LINEAR, Role.EXPERT, Role.LM_HEAD)
 
@@ -84,7 +79,7 @@ def expect_foreign(
             *_unexpected(found, match),
             *(_config_problems(plan, match, output) if whole else ()),
         ),
-        tuple(name for name in found if _is_of_activations(name) and name not in match.used),
+        tuple(name for name in found if is_of_activations(name) and name not in match.used),
     )
 
 
@@ -158,9 +153,9 @@ class _Match:
         self, spec: TensorSpec, codes: TensorSpec, shape: tuple[int, int], place: View
     ) -> None:
         """A matrix `codes`, with the scales that stand beside it."""
-        scales = next((self.found[n] for n in _scale_names(codes.name) if n in self.found), None)
+        scales = next((self.found[n] for n in scale_names(codes.name) if n in self.found), None)
         if scales is None:
-            expected = " or ".join(_scale_names(codes.name))
+            expected = " or ".join(scale_names(codes.name))
             return self._problem(codes, f"FP8 codes without scales: expected {expected}")
         self.used.add(scales.name)
         granularity = granularity_of(shape, scales.shape)
@@ -194,20 +189,9 @@ class _Match:
         self.problems.append(Problem(spec.file, spec.name, problem))
 
 
-def _scale_names(codes: str) -> list[str]:
-    """What the scales of a tensor may be called."""
-    base = codes if codes.endswith("weight") else f"{codes}.weight"
-    names = [f"{base}_scale", f"{base}_scale_inv"]
-    return names if base == codes else [*names, f"{codes}_scale", f"{codes}_scale_inv"]
-
-
-def _is_of_activations(name: str) -> bool:
-    return name.rpartition(".")[2] in _OF_ACTIVATIONS
-
-
 def _unexpected(found: Specs, match: _Match) -> Iterator[Problem]:
     for name, spec in found.items():
-        if name not in match.used and not _is_of_activations(name):
+        if name not in match.used and not is_of_activations(name):
             is_ = describe(spec.dtype, spec.shape)
             yield Problem(spec.file, name, f"unexpected: {is_}, of no tensor of the source")
 

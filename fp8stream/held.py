@@ -4,20 +4,17 @@ A name is a file of one tensor, which begins at its first byte.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fp8stream.device import TORCH_DTYPES, bytes_of
+from fp8stream.device import DTYPE_NAMES, bytes_of, dtype_of
 from fp8stream.errors import CheckpointError
 from fp8stream.header import TensorSpec
-from fp8stream.live import OTHER_DTYPES, dtype_of
 from fp8stream.reader import ShardReader, Shards
-
-NAMES = {dtype: name for name, dtype in {**OTHER_DTYPES, **TORCH_DTYPES}.items()}
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
@@ -27,10 +24,37 @@ def spec_of(name: str, tensor: Tensor) -> TensorSpec:
 
 def spec_like(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec:
     """How a tensor of `dtype` and `shape` would stand in a checkpoint."""
-    if dtype not in NAMES:
+    if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"tensor {name!r}: {dtype} is not a dtype of a checkpoint")
     size = math.prod(shape) * dtype.itemsize
-    return TensorSpec(name, NAMES[dtype], tuple(shape), name, 0, size)
+    return TensorSpec(name, DTYPE_NAMES[dtype], tuple(shape), name, 0, size)
+
+
+def on_host(name: str, tensor: Tensor) -> Tensor:
+    """The values of a tensor, on the host and contiguous, wherever it lies and however it is made.
+
+    Raises CheckpointError for one without values.
+    """
+    if tensor.is_meta:
+        raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(f"tensor {name!r}: expected a dense tensor, found {tensor.layout}")
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+
+
+class GivenTensors:
+    """Tensors that are all there, read where they lie. Thread-safe."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @contextmanager
+    def open(self, file: str) -> Iterator[ShardReader]:
+        """The tensor called `file`. Raises CheckpointError."""
+        yield _HeldTensor(file, on_host(file, self._tensors[file]))
+
+    def give_back(self) -> None:
+        """Memory has no pages to give back."""
 
 
 class HeldTensors:
@@ -40,13 +64,14 @@ class HeldTensors:
         self.tensors: dict[str, Tensor] = {}
 
     def hold(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor in, wherever it lies and however it is strided.
+        """Takes in a tensor, which may be its giver's memory still. Raises CheckpointError."""
+        self.tensors[name] = on_host(name, tensor)
 
-        Raises CheckpointError for one without values.
-        """
-        if tensor.is_meta:
-            raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
-        self.tensors[name] = tensor.detach().cpu().contiguous()
+    def own(self, name: str, given: Tensor) -> None:
+        """Makes a copy of a tensor that is held and lies in the memory of the `given` one."""
+        held = self.tensors.get(name)
+        if held is not None and held.untyped_storage()._cdata == given.untyped_storage()._cdata:
+            self.tensors[name] = held.clone()
 
     def read(self, spec: TensorSpec, reader: Shards) -> None:
         """Takes in a tensor from elsewhere, whole."""

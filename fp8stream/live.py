@@ -8,14 +8,14 @@ what is its own, so that the parts put together are the whole to the bit.
 import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fp8stream.coverage import Coverage
-from fp8stream.device import TORCH_DTYPES, bytes_of
+from fp8stream.device import dtype_of
 from fp8stream.errors import CheckpointError
 from fp8stream.header import TensorSpec
 from fp8stream.places import Piece, Place, cut, reshaped, strides
@@ -143,13 +143,17 @@ class Held:
         return self.tensor.detach().view(torch.uint8) if narrow else self.tensor.detach()
 
 
+# Elements of a tensor: of how many, from which on.
+Elements = Callable[[int, int], Tensor]
+
+
 class ModelSink:
     """Puts what comes into `targets`, by the names that the plan has for them.
 
     A tensor that is kept goes to the `places` of its name. Each code may come once. Given `units`,
-    which say for each layer's number with what it must change together, and `unit_of`, which says
-    it of each target, nothing of a unit is touched before all of it came: `changed` holds those
-    that are new.
+    which say of each layer's number with what it must change together, and `unit_of`, which says it
+    of each target, nothing of a unit is touched before all of it came: `changed` holds those that
+    are new.
     """
 
     def __init__(
@@ -213,13 +217,25 @@ class ModelSink:
             return length
         if len(places) == 1 and self._is_straight(spec, places[0], len(buffer)):
             return self._copy_straight(spec, places[0], offset, length, source, at, buffer)
-        whole = torch.empty(spec.shape, dtype=dtype_of(spec))
-        source.read_into(bytes_of(whole), spec.offset, name)
-        for place in places:
-            held, into = self._into(place.target)
-            for inside in held.part.inside(place):
-                inside.apply(into if held.part.is_whole else into.view(held.part.held), whole)
+
+        def elements(first: int, count: int) -> Tensor:
+            piece = buffer[: count * spec.itemsize]
+            source.read_into(piece, spec.offset + first * spec.itemsize, name)
+            return torch.frombuffer(piece, dtype=dtype_of(spec))
+
+        self.fill(name, elements, len(buffer) // spec.itemsize)
         return length
+
+    def fill(self, name: str, elements: Elements, most: int) -> None:
+        """Takes all of the source's tensor `name` to its places, at `most` so many elements at a
+        time."""
+        for place in self._places.get(name, ()):
+            held, into = self._into(place.target)
+            target = into if held.part.is_whole else into.view(held.part.held)
+            for inside in held.part.inside(place):
+                for piece in inside.spans(most):
+                    some = elements(piece.first, piece.span)
+                    target[piece.target_index()].copy_(some.as_strided(piece.shape, piece.steps))
 
     def _is_straight(self, spec: TensorSpec, place: Place, room: int) -> bool:
         """Whether the tensor is the target, element for element, and can come in runs of `room`
@@ -275,11 +291,12 @@ class ModelSink:
             except ValueError as error:
                 raise CheckpointError(f"tensor {name!r}: {error}") from None
 
-    def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes whole tensors, by the names of their targets."""
+    def put(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes whole tensors, by the names of their targets: all of the layer `number`."""
         for name, tensor in tensors.items():
-            held = self._targets[name]
-            held.values.copy_(held.part.of_whole(tensor))
+            held, into = self._into(name)
+            into.copy_(held.part.of_whole(tensor))
+        self.finished(number)
 
     def finished(self, layer: int) -> None:
         """Puts a unit in place whose last layer this was."""
@@ -295,23 +312,7 @@ class ModelSink:
             self._targets[name].values.copy_(tensor)
         self.changed.add(unit)
 
-
-def dtype_of(spec: TensorSpec) -> torch.dtype:
-    """The torch dtype of a checkpoint tensor. Raises CheckpointError for one that torch lacks."""
-    found = TORCH_DTYPES.get(spec.dtype) or OTHER_DTYPES.get(spec.dtype)
-    if found is None:
-        raise CheckpointError(f"{spec.file}: tensor {spec.name!r}: {spec.dtype} cannot be loaded")
-    return found
-
-
-OTHER_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+    @property
+    def begun(self) -> set[str]:
+        """The units of which something came, and not all."""
+        return {*self._staged} - self.changed

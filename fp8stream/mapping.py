@@ -74,6 +74,12 @@ class Placement:
         """The places of each checkpoint tensor."""
         return _grouped(self.places, lambda place: place.source)
 
+    @property
+    def filled(self) -> frozenset[str]:
+        """The tensors of the model that all comes for."""
+        composed = (self.ties.get(n, n) for one in self.composed for n in one.targets)
+        return frozenset({*self.by_target, *composed} - {gap.target for gap in self.missing})
+
     @cached_property
     def by_target(self) -> Mapping[str, Sequence[Place]]:
         """The places in each tensor of the model."""

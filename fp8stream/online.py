@@ -6,33 +6,34 @@ release. No 16-bit model ever exists. A reload streams into the tensors that are
 unit, so that whoever holds on to their storage, as a captured graph does, sees the new weights.
 """
 
-import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
-from threading import Event
+from enum import Enum
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fp8stream.checkpoint import Checkpoint, open_checkpoint
-from fp8stream.clock import Clock
-from fp8stream.coded import copy_layer, find_coded, is_of_activations, parted
-from fp8stream.device import TORCH_DTYPES, find_devices, open_lane, running_out_of_memory
-from fp8stream.errors import CheckpointError, ReloadError, SchemeError
+from fp8stream.checkpoint import Checkpoint
+from fp8stream.device import find_devices
+from fp8stream.errors import (
+    BudgetError,
+    CheckpointError,
+    ReloadError,
+    SchemeError,
+    WeightError,
+)
 from fp8stream.experts import ExpertForm, ExpertOptions
-from fp8stream.fitting import Fit, fit, granularities
-from fp8stream.header import Shard
-from fp8stream.held import HeldTensors, spec_like, spec_of
+from fp8stream.filled import Missing
+from fp8stream.fitting import Fit, module_of
+from fp8stream.fp8 import is_finite
 from fp8stream.live import Held, ModelSink, Part
-from fp8stream.mapping import Placement, Rule, checkpoint_names, find_places
-from fp8stream.memory import PeakMeter, parse_size, plan_workspace
-from fp8stream.places import Place, Region
-from fp8stream.plan import Decisions, Task, decide_tensors, demand_of, tasks_of
+from fp8stream.mapping import Rule, checkpoint_names
+from fp8stream.memory import PeakMeter, parse_size
+from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
 from fp8stream.ranks import Group, Spread, spread, trimmed
-from fp8stream.reader import Reader
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
     become_fp8,
@@ -45,11 +46,8 @@ from fp8stream.skeleton import (
     parts_of,
     stored_tensors,
 )
-from fp8stream.stream import LayerDone, Worker, stream_tasks
-from fp8stream.waiting import Waiting, with_specs
-
-Source = str | Path | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-Progress = Callable[[LayerDone], object]
+from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source
+from fp8stream.stream import LayerDone
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class LoadResult:
 class _Recipe:
     """How a model was loaded, and is loaded again; `whole` says that the load came to its end.
 
-    `rank` is which of how many ranks of tensor parallelism it is.
+    `rank` is which of how many ranks of tensor parallelism it is. `loaded` are the tensors that all
+    came, and `units` the modules that share a scale, or a source.
     """
 
     scheme: Scheme
@@ -84,12 +83,22 @@ class _Recipe:
     mapping: Mapping[str, Rule] | None
     rank: tuple[int, int] = (0, 1)
     whole: bool = False
+    loaded: frozenset[str] = frozenset()
+    units: tuple[frozenset[str], ...] = ()
 
     def decide(self, checkpoint: Checkpoint) -> Decisions:
-        return decide_tensors(checkpoint, self.scheme, self.patterns, self.experts)
+        # Other weights need not have all that was ignored or included.
+        patterns = replace(self.patterns, may_miss=self.whole)
+        return decide_tensors(checkpoint, self.scheme, patterns, self.experts)
+
+    @property
+    def request(self) -> Request:
+        keep = self.experts.form is ExpertForm.KEEP
+        return Request(self.decide, self.patterns.ignores, not keep, self.mapping)
 
 
 _RECIPE = "_fp8stream_recipe"
+_BUDGET = "1GiB"
 
 
 def load_into(
@@ -100,8 +109,8 @@ def load_into(
     ignore: Sequence[str] = (),
     include: Sequence[str] = (),
     experts: str = "auto",
-    device: str = "auto",
-    memory_budget: str | int = "1GiB",
+    device: str | torch.device = "auto",
+    memory_budget: str | int = _BUDGET,
     mapping: Mapping[str, Rule] | None = None,
     strict: bool = True,
     tp_rank: int = 0,
@@ -128,88 +137,161 @@ def load_into(
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
     WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.
     """
-    recipe = _Recipe(
-        Scheme(Granularity(scheme)),
-        Patterns(tuple(ignore), tuple(include)),
-        ExpertOptions(ExpertForm(experts)),
+    recipe = _recipe(scheme, ignore, include, experts, mapping, (tp_rank, tp_size))
+    where, budget = find_devices(str(device))[0], _bytes(memory_budget)
+    how = _How(where, budget, strict, tp_plan, progress or _nothing)
+    return _load(_bare(model), source, recipe, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What a load needs to know that a reload does not go by."""
+
+    device: torch.device
+    budget: int
+    strict: bool
+    tp_plan: Mapping[str, str] | None
+    progress: Progress
+
+
+def _recipe(
+    scheme: str,
+    ignore: Sequence[str],
+    include: Sequence[str],
+    experts: str,
+    mapping: Mapping[str, Rule] | None = None,
+    rank: tuple[int, int] = (0, 1),
+) -> _Recipe:
+    return _Recipe(
+        Scheme(_choice(Granularity, "scheme", scheme)),
+        Patterns(_names("ignore", ignore), _names("include", include)),
+        ExpertOptions(_choice(ExpertForm, "experts", experts)),
         mapping,
-        (tp_rank, tp_size),
+        rank,
     )
-    where = find_devices(device)[0]
+
+
+def _load(
+    model: nn.Module,
+    source: Source,
+    recipe: _Recipe,
+    how: _How,
+    check: Callable[[Fit], None] | None = None,
+) -> LoadResult:
+    """Loads `source`, once `check` has nothing against how it fits."""
     check_model(model)
-    _check_scheme(model, recipe)
-    coming = _open(model, source, recipe)
-    fitted = coming.fit(model, recipe)
+    _check_recipe(model, recipe)
+    coming = open_source(model, source, recipe.request)
+    fitted = coming.fit(model)
     if coming.is_known:
-        _require(coming.placement, strict)
-    ours = Spread(dict(parts_of(model)))
-    if recipe.rank != (0, 1) and not ours.parts:
-        group = Group(*recipe.rank)
-        ours = spread(model, fitted.quantized, coming.placement.ties, group, tp_plan)
+        _require(coming.placement.missing, how.strict)
+    if check is not None:
+        check(fitted)
+    units = tuple(frozenset(map(module_of, names)) for names in fitted.tensors.values())
+    ours = _share(model, coming, fitted, recipe.rank, how.tp_plan)
     fitted = trimmed(fitted, ours.parts)
     # What is made on the way lies on the host, whatever device the caller is in the context of.
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         become_fp8(model, fitted.quantized, coming.placement.ties)
         ours.apply(model)
         object.__setattr__(model, _RECIPE, recipe)
-        give_storage(model, where, spoil=not strict)
+        give_storage(model, how.device, spoil=not how.strict)
         sink = ModelSink(_held(model), fitted.copied, coming.specs)
-        read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
+        read = coming.stream(Course(fitted, sink, how.device, how.budget, how.progress))
         read -= sink.passed_over
-        missing = [*coming.missing(), *finish(model, coming.placement, where)]
+        missing = [*coming.missing(), *finish(model, coming.placement, how.device)]
         meter.sample()
-    if missing and strict:
+    if missing and how.strict:
         raise CheckpointError(_not_all(missing))
-    object.__setattr__(model, _RECIPE, replace(recipe, whole=True))
+    loaded = coming.placement.filled - {gap.partition("[")[0] for gap in missing}
+    object.__setattr__(model, _RECIPE, replace(recipe, whole=True, loaded=loaded, units=units))
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
     return _result(model, coming, fitted, missing, read, meter, ours.warnings)
 
 
+def _share(
+    model: nn.Module,
+    coming: Incoming,
+    fitted: Fit,
+    rank: tuple[int, int],
+    plan: Mapping[str, str] | None,
+) -> Spread:
+    """What a rank holds of the model."""
+    ours = Spread(dict(parts_of(model)))
+    if rank == (0, 1) or ours.parts:
+        return ours
+    return spread(model, fitted.quantized, coming.placement.ties, Group(*rank), plan)
+
+
 def reload(
     model: nn.Module,
     source: Source,
     *,
-    memory_budget: str | int = "1GiB",
+    memory_budget: str | int = _BUDGET,
     strict: bool = True,
     progress: Progress | None = None,
 ) -> LoadResult:
     """Loads other weights into a `model` that `load_into` loaded: into the same storage.
 
-    What belongs together, as all of a module and all that shares a scale, changes at once when all
-    of it came, which takes its size in memory besides; what does not come stays, with a warning. If
-    `strict`, a source that brings part of a tensor alone is refused before anything changes.
+    What belongs together, a module or all those that share a scale, changes at once when all of it
+    came, which takes its size in memory besides; what does not come stays, with a warning. If
+    `strict`, a source that brings some of what belongs together is refused, before anything changes
+    where its names are known.
 
-    Raises what `load_into` does, and ReloadError, which knows what is new already, where it stops
-    midway.
+    Raises what `load_into` does, and ReloadError, which knows the modules that are new already,
+    where it stops midway.
     """
+    model = _bare(model)
     recipe = getattr(model, _RECIPE, None)
     if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
     check_model(model)
-    held = _held(model)
-    parts = parts_of(model)
+    held, budget = _held(model), _bytes(memory_budget)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
-    coming = _open(model, source, recipe)
-    fitted = trimmed(coming.fit(model, recipe), parts)
-    partial = [str(gap) for gap in coming.placement.missing if not gap.whole]
-    if partial and strict and coming.is_known:
-        raise CheckpointError(_not_all(partial))
-    units = {name: unit for unit, names in fitted.tensors.items() for name in names}
-    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, units)
+    coming = open_source(model, source, recipe.request)
+    fitted = coming.fit(model, together=recipe.units)
+    lacking = recipe.loaded - coming.placement.filled
+    stale = {unit for unit, names in fitted.tensors.items() if names & lacking}
+    if strict and coming.is_known and stale:
+        lost = lacking & _tensors(fitted, stale)
+        raise CheckpointError(
+            _not_all([str(gap) for gap in coming.placement.missing if gap.target in lost])
+        )
+    fitted = trimmed(fitted.without(stale), parts_of(model))
+    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, fitted.unit_of)
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
+        course = Course(fitted, sink, where, budget, progress or _nothing, settle=False)
         try:
-            read = coming.stream(fitted, sink, where, _bytes(memory_budget), progress or _nothing)
-            read -= sink.passed_over
+            read = coming.stream(course) - sink.passed_over
+            if strict and sink.begun:
+                raise CheckpointError(_not_all(coming.missing()))
         except Exception as error:
-            new = tuple(sorted(sink.changed))
-            what = f"{len(new)} of {len(fitted.tensors)} units are new, all others as they were"
-            raise ReloadError(f"{error}; {what}", new) from error
+            raise _stopped(error, fitted, sink.changed) from error
+        if where.type == "cuda":
+            # A graph may be replayed next, on a stream that waits for nothing.
+            torch.cuda.synchronize(where)
         meter.sample()
-    old = sorted({*fitted.tensors} - sink.changed | {*coming.missing()})
-    stale = f"{_some(old)} did not come, or not whole: they keep their weights"
-    return _result(model, coming, fitted, old, read, meter, [stale] if old else [])
+    new = _modules(fitted, sink.changed)
+    missing = sorted(name for name in recipe.loaded if module_of(name) not in new)
+    old = list(dict.fromkeys(map(module_of, missing)))
+    told = f"{_some(old)} did not come, or not whole: they keep their weights"
+    return _result(model, coming, fitted, missing, read, meter, [told] if old else [])
+
+
+def _tensors(fitted: Fit, units: Set[str]) -> set[str]:
+    return {name for unit in units for name in fitted.tensors[unit]}
+
+
+def _modules(fitted: Fit, units: Set[str]) -> set[str]:
+    return set(map(module_of, _tensors(fitted, units)))
+
+
+def _stopped(error: Exception, fitted: Fit, changed: Set[str]) -> ReloadError:
+    new, every = _modules(fitted, changed), _modules(fitted, fitted.tensors.keys())
+    what = f"{len(new)} of {len(every)} modules are new, all others as they were"
+    return ReloadError(f"{error}; {what}", tuple(sorted(new)))
 
 
 def quantize_model(
@@ -222,20 +304,37 @@ def quantize_model(
 ) -> LoadResult:
     """Quantizes a `model` that has its weights, in place and layer by layer.
 
-    A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does.
+    A layer's own weight is let go as soon as its codes are there. Raises what `load_into` does,
+    before anything changes.
     """
+    model = _bare(model)
     if granularities_of(model):
         raise CheckpointError("quantize_model: the model is FP8 already; fp8stream.reload loads it")
-    device = next((tensor.device for tensor in stored_tensors(model).values()), torch.device("cpu"))
-    return load_into(
-        model,
-        _Taken(model),
-        scheme=scheme,
-        ignore=ignore,
-        include=include,
-        experts=experts,
-        device=str(device),
-    )
+    tensors = stored_tensors(model)
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    recipe = _recipe(scheme, ignore, include, experts)
+    how = _How(device, _bytes(_BUDGET), True, None, _nothing)
+    return _load(model, _Taken(model), recipe, how, partial(_check_finite, model))
+
+
+def _check_finite(model: nn.Module, fitted: Fit) -> None:
+    """Raises WeightError for NaN and infinity in what will be quantized, and CheckpointError for a
+    weight without values: what is lost then has no other copy."""
+    tensors = stored_tensors(model)
+    for weight in find_weights(model):
+        tensor = tensors[weight.target].detach()
+        if weight.module not in fitted.quantized or not tensor.numel():
+            continue
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"quantize_model: {weight.target} is on meta and has no values; "
+                "fp8stream.load_into loads them"
+            )
+        if not is_finite(torch.stack(torch.aminmax(tensor))):
+            raise WeightError(
+                f"tensor {weight.target!r}: expected finite values, found NaN or infinity; repair "
+                f"it, or keep the layer with ignore=[{weight.module!r}]"
+            )
 
 
 class _Taken:
@@ -248,15 +347,14 @@ class _Taken:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         left: dict[str, int] = {}
         for saved in self._saved:
-            for place in saved.places:
-                left[place.source] = left.get(place.source, 0) + 1
+            for source in saved.sources:
+                left[source] = left.get(source, 0) + 1
         for saved in self._saved:
-            tensor = torch.empty(saved.shape, dtype=saved.dtype)
-            for place in saved.places:
-                place.apply(tensor, self._tensors[place.source])
-                left[place.source] -= 1
-                if not left[place.source]:
-                    del self._tensors[place.source]
+            tensor = saved.values(self._tensors)
+            for source in saved.sources:
+                left[source] -= 1
+                if not left[source]:
+                    del self._tensors[source]
             yield saved.name, tensor
 
 
@@ -267,226 +365,16 @@ def _held(model: nn.Module) -> dict[str, Held]:
     return {name: Held(t, parts.get(name) or Part.whole(t.shape)) for name, t in tensors}
 
 
-def _open(model: nn.Module, source: Source, recipe: _Recipe) -> "_Coming":
-    """What is known of `source` before any of it is read."""
-    if isinstance(source, str | Path):
-        return _FromFiles(model, open_checkpoint(source), recipe)
-    if isinstance(source, Mapping):
-        source = list(source.items())
-    if not isinstance(source, Sequence) and recipe.mapping is not None:
-        source = list(source)
-    return _FromTensors(model, source, recipe)
+def _bare(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile has put it into another module."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
-class _Coming:
-    """A source, and where in the model everything of it goes. `is_known` says that its names are
-    those that will come."""
-
-    is_known = True
-
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, recipe: _Recipe) -> None:
-        self.checkpoint = checkpoint
-        self.specs = {spec.name: spec for spec in checkpoint.tensors}
-        self.coded = find_coded(self.specs)
-        self.decided = recipe.decide(checkpoint)
-        beside = {each.scales.name for each in self.coded.values()}
-        shapes = [
-            (spec.name, spec.shape)
-            for spec in checkpoint.tensors
-            if spec.name not in beside and not (self.coded and is_of_activations(spec.name))
-        ]
-        self.placement = find_places(model, shapes, recipe.mapping, original_tensors(model))
-        self.unexpected = list(self.placement.unexpected)
-
-    def fit(self, model: nn.Module, recipe: _Recipe) -> Fit:
-        """How the source fits the model: its FP8 modules, or what will be that."""
-        keep = recipe.experts.form is ExpertForm.KEEP or bool(self.coded)
-        chosen = granularities(self.decided, experts=not keep)
-        chosen |= {name: each.granularity for name, each in self.coded.items()}
-        weights, fixed = find_weights(model), granularities_of(model)
-        return fit(self.decided, chosen, self.placement, weights, fixed)
-
-    def stream(
-        self,
-        fitted: Fit,
-        sink: ModelSink,
-        device: torch.device,
-        budget: int,
-        progress: Progress,
-    ) -> int:
-        """Everything to its place; the bytes that were read."""
-        raise NotImplementedError
-
-    def missing(self) -> list[str]:
-        """What nothing, or not all, came for."""
-        return [str(gap) for gap in self.placement.missing]
-
-
-class _FromFiles(_Coming):
-    """A checkpoint on disk."""
-
-    def stream(
-        self,
-        fitted: Fit,
-        sink: ModelSink,
-        device: torch.device,
-        budget: int,
-        progress: Progress,
-    ) -> int:
-        gpus = int(device.type == "cuda")
-        numbers = [layer for coded, layer in parted(fitted.layers) if not coded]
-        weights = [weight for layer in numbers for weight in layer.weights]
-        demand = demand_of(weights, max(1, len(fitted.layers)))
-        space = plan_workspace(demand, budget, len(os.sched_getaffinity(0)), gpus)
-        reader = Reader(self.checkpoint.directory, self.checkpoint.shards)
-        tasks = tasks_of(numbers, space.slab_bytes)
-        read = 0
-        with (
-            _one_thread_each(),
-            closing(stream_tasks(tasks, space, reader, sink, [device])) as done,
-        ):
-            for layer in done:
-                read += layer.bytes_read
-                progress(layer)
-        for coded, one in parted(fitted.layers):
-            read += copy_layer(one, self.coded, reader, sink) if coded else 0
-        for composed in self.placement.composed:
-            held = HeldTensors()
-            for name in composed.sources:
-                held.read(self.specs[name], reader)
-                read += self.specs[name].nbytes
-            sink.put(composed.convert(held.tensors))
-        reader.give_back()
-        return read
-
-
-class _FromTensors(_Coming):
-    """Tensors in memory, as they come."""
-
-    def __init__(
-        self, model: nn.Module, source: Iterable[tuple[str, Tensor]], recipe: _Recipe
-    ) -> None:
-        self._source = source
-        self.is_known = isinstance(source, Sequence)
-        if isinstance(source, Sequence):
-            specs = [spec_of(name, tensor) for name, tensor in source]
-        else:
-            saved = checkpoint_names(model, original_tensors(model))
-            specs = [spec_like(each.name, each.dtype, each.shape) for each in saved]
-        describe = getattr(getattr(model, "config", None), "to_dict", dict)
-        described = dict(describe())
-        described.pop("quantization_config", None)
-        shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
-        checkpoint = Checkpoint(Path("model"), Path("model"), described, shards)
-        super().__init__(model, checkpoint, recipe)
-        if self.coded:
-            raise CheckpointError("tensors in FP8 are loaded from a directory or a file alone")
-        # Without their storage: a layer's own weight is let go once it is quantized.
-        self._original = _without_storage(original_tensors(model))
-        self._model = model
-        self._names = {_where(places): n for n, places in self.placement.by_source.items()}
-        self._came: set[str] = set()
-
-    def stream(
-        self,
-        fitted: Fit,
-        sink: ModelSink,
-        device: torch.device,
-        budget: int,
-        progress: Progress,
-    ) -> int:
-        held, read = HeldTensors(), 0
-        quantized = {w.spec.name for layer in fitted.layers for w in layer.weights}
-        waiting = Waiting(fitted.layers, self.placement.composed)
-        space = plan_workspace(waiting.demand(), budget, 1, int(device.type == "cuda"))
-        with running_out_of_memory():
-            with torch.inference_mode():
-                lane = open_lane(space, device)
-            with Worker(lane, space.slab_bytes, held, sink, Clock(), Event()) as worker:
-                for given, tensor in self._source:
-                    name = self._known(given, tensor)
-                    if not self._take(name, tensor, quantized):
-                        continue
-                    if not waiting.is_for(name):
-                        continue  # of experts that other ranks have
-                    held.hold(name, tensor)
-                    read += self.specs[name].nbytes
-                    layers, composed = waiting.ready(name)
-                    for layer in layers:
-                        task = Task((with_specs(layer, self.specs),))
-                        # The source's own tensors are none of inference mode's.
-                        with torch.inference_mode():
-                            finished = list(worker.work(task))
-                        for done in finished:
-                            progress(done)
-                    for each in composed:
-                        sink.put(each.convert(held.tensors))
-                    held.release(waiting.done())
-        return read
-
-    def _known(self, name: str, tensor: Tensor) -> str:
-        """The name that is expected for a tensor that goes to the same place under another one."""
-        if name in self.specs:
-            return name
-        shapes = [(name, tuple(tensor.shape))]
-        found = find_places(self._model, shapes, None, self._original).by_source.get(name, ())
-        return self._names.get(_where(found), name) if found else name
-
-    def _take(self, name: str, tensor: Tensor, quantized: Container[str]) -> bool:
-        """Whether anything waits for the tensor. Raises CheckpointError for one that is wrong."""
-        if name not in self.specs:
-            self.unexpected.append(name)
-            return False
-        if name in self._came:
-            raise CheckpointError(f"tensor {name!r}: comes twice")
-        if tuple(tensor.shape) != self.specs[name].shape:
-            raise CheckpointError(
-                f"tensor {name!r}: expected {list(self.specs[name].shape)}, found "
-                f"{list(tensor.shape)}"
-            )
-        self._came.add(name)
-        self.specs[name] = spec_of(name, tensor)
-        if name in quantized and self.specs[name].dtype not in TORCH_DTYPES:
-            raise CheckpointError(
-                f"tensor {name!r}: expected a weight in {', '.join(TORCH_DTYPES)}, found "
-                f"{self.specs[name].dtype}; cast it, or keep the layer with ignore"
-            )
-        return bool(self.placement.by_source.get(name)) or any(
-            name in composed.sources for composed in self.placement.composed
-        )
-
-    def missing(self) -> list[str]:
-        lost = [name for name in self.specs if name not in self._came]
-        targets = {p.target for n in lost for p in self.placement.by_source.get(n, ())}
-        return sorted({*super().missing(), *targets})
-
-
-def _without_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on meta, under one name or several as they are."""
-    bare = {id(tensor): tensor.detach().to("meta") for tensor in tensors.values()}
-    return {name: bare[id(tensor)] for name, tensor in tensors.items()}
-
-
-def _where(places: Sequence[Place]) -> frozenset[tuple[str, Region]]:
-    """The regions that a tensor fills."""
-    return frozenset((place.target, place.region) for place in places)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Workers are the parallelism: threads inside torch would only get in their way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _require(placement: Placement, strict: bool) -> None:
+def _require(missing: Sequence[Missing], strict: bool) -> None:
     """Raises CheckpointError if a source that is known is not all of the model."""
-    if strict and placement.missing:
-        raise CheckpointError(_not_all([str(gap) for gap in placement.missing]))
+    if strict and missing:
+        raise CheckpointError(_not_all([str(gap) for gap in missing]))
 
 
 def _not_all(missing: Sequence[str]) -> str:
@@ -498,7 +386,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + more
 
 
-def _check_scheme(model: nn.Module, recipe: _Recipe) -> None:
+def _check_recipe(model: nn.Module, recipe: _Recipe) -> None:
     """Raises SchemeError for a model that is FP8 already, and otherwise than `recipe` says."""
     known = getattr(model, _RECIPE, recipe)
     there = bool(granularities_of(model) or parts_of(model))
@@ -513,11 +401,47 @@ def _check_scheme(model: nn.Module, recipe: _Recipe) -> None:
             f"scheme {after!r}: the model's weights are {before} already; begin with a new "
             "skeleton, or give it other weights with fp8stream.reload"
         )
+    if there and (known.patterns, known.experts) != (recipe.patterns, recipe.experts):
+        raise SchemeError(
+            "ignore, include, experts: the model was loaded with others; begin with a new "
+            "skeleton, or give it other weights with fp8stream.reload"
+        )
+
+
+Choice = TypeVar("Choice", bound=Enum)
+
+
+def _choice(kind: type[Choice], option: str, value: str) -> Choice:
+    """The choice that is called `value`. Raises SchemeError."""
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(repr(choice.value) for choice in kind)
+        raise SchemeError(f"{option}: expected one of {known}, found {value!r}") from None
+
+
+def _names(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
+    """Raises SchemeError for one string, which would be taken letter by letter."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise SchemeError(f"{option}: expected a list of names, found {patterns!r}")
+    return tuple(patterns)
+
+
+def _bytes(budget: str | int) -> int:
+    """Raises BudgetError for what is no size."""
+    if isinstance(budget, int):
+        return budget
+    try:
+        return parse_size(budget)
+    except (ValueError, TypeError, AttributeError):
+        raise BudgetError(
+            f"memory_budget: expected bytes or a size as '1GiB', found {budget!r}"
+        ) from None
 
 
 def _result(
     model: nn.Module,
-    coming: _Coming,
+    coming: Incoming,
     fitted: Fit,
     missing: Sequence[str],
     read: int,
@@ -540,7 +464,7 @@ def _result(
     )
 
 
-def _useless(coming: _Coming) -> Iterator[str]:
+def _useless(coming: Incoming) -> Iterator[str]:
     """What was given and is of no use."""
     placement = coming.placement
     if placement.unused:
@@ -549,10 +473,6 @@ def _useless(coming: _Coming) -> Iterator[str]:
         yield f"mapping: {_some([str(gap) for gap in placement.leftover])} goes nowhere"
     if placement.stranded:
         yield f"{_some(placement.stranded)}: of no use without others that did not come"
-
-
-def _bytes(budget: str | int) -> int:
-    return budget if isinstance(budget, int) else parse_size(budget)
 
 
 def _nothing(done: LayerDone) -> None:

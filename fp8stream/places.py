@@ -7,7 +7,7 @@ about, so where every element came from is known without a look at one. Pure.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,15 +76,41 @@ class Place:
         """Fills the region of `target`, cast to its dtype, from `source`."""
         target.detach()[self.target_index()].copy_(self.read(source.detach()))
 
-    def within(self, region: Region) -> "Place | None":
-        """What of this place lies in `region`, as a place in a tensor that is that region alone.
+    def covers(self, other: "Place") -> bool:
+        """Whether it fills all that another place does."""
+        sides = zip(self.region, other.region, strict=False)
+        same = self.target == other.target and len(self.region) == len(other.region)
+        return same and all(len(meet(one, part)) == len(part) for one, part in sides)
 
-        None where nothing does. This is how a rank of tensor parallelism gets its part.
-        """
-        pieces = [Piece(self.source, self.region, self.first, self.steps)]
-        for axis, window in enumerate(region):
-            pieces = cut(pieces, axis, window)
-        return pieces[0].place(self.target, tuple(map(len, region))) if pieces else None
+    def part(self, region: Region) -> "Place":
+        """What of it fills `region`, which it covers."""
+        skipped = [
+            (part.start - own.start) // own.step * step
+            for own, part, step in zip(self.region, region, self.steps, strict=True)
+        ]
+        steps = tuple(
+            step * part.step // own.step
+            for own, part, step in zip(self.region, region, self.steps, strict=True)
+        )
+        return replace(self, region=region, first=self.first + sum(skipped), steps=steps)
+
+    @property
+    def span(self) -> int:
+        """How many elements of the source lie from the first that is read to the last."""
+        return 1 + sum((len(p) - 1) * s for p, s in zip(self.region, self.steps, strict=True))
+
+    def spans(self, most: int) -> Iterator["Place"]:
+        """The place in pieces, each of which spans at `most` so many elements of the source."""
+        if self.span <= max(1, most):
+            yield self
+            return
+        reach = [(len(p) - 1) * s for p, s in zip(self.region, self.steps, strict=True)]
+        axis = reach.index(max(reach))
+        part, step = self.region[axis], self.steps[axis]
+        half = len(part) // 2
+        for some, skipped in ((part[:half], 0), (part[half:], half)):
+            region = (*self.region[:axis], some, *self.region[axis + 1 :])
+            yield from replace(self, region=region, first=self.first + skipped * step).spans(most)
 
     def matrices(self, transposed: bool = False) -> Iterator[Matrix]:
         """The matrices of the last two axes, one for every index of those before.

@@ -19,10 +19,24 @@ from fp8stream.structure import Family
 
 @dataclass(frozen=True)
 class Patterns:
-    """`--ignore` and `--include`, each an exact name of a module or tensor, or `re:REGEX`."""
+    """`--ignore` and `--include`, each an exact name of a module or tensor, or `re:REGEX`.
+
+    Each must match something, unless they `may_miss`.
+    """
 
     ignore: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
+    may_miss: bool = False
+
+    def ignores(self, name: str) -> bool:
+        """Whether a tensor is named in `ignore`."""
+        module = name.rpartition(".")[0]
+        return any(
+            bool(re.match(pattern[3:], module) or re.match(pattern[3:], name))
+            if pattern.startswith("re:")
+            else f"{name}.".startswith(f"{pattern}.")
+            for pattern in self.ignore
+        )
 
 
 def decide(
@@ -40,12 +54,13 @@ def decide(
     names = Names(families, tied)
     ignored: dict[str, str] = {}
     for pattern in patterns.ignore:
-        for name in names.match(pattern):
+        for name in names.match(pattern, patterns.may_miss):
             ignored.setdefault(name, f"--ignore {pattern}")
     included: dict[str, str] = {}
     for pattern in patterns.include:
-        chosen = [name for name in names.match(pattern) if decided[name].quantizable]
-        if not chosen:
+        matched = names.match(pattern, patterns.may_miss)
+        chosen = [name for name in matched if decided[name].quantizable]
+        if not chosen and not patterns.may_miss:
             raise SchemeError(
                 f"--include {pattern}: matches no weight that can be quantized: expected the "
                 "BF16, F16 or F32 matrix of a linear layer; see 'fp8stream inspect --tensors'"
@@ -104,8 +119,9 @@ class Names:
         deep = (family for family in self._families if family.is_deep)
         return {tensor.name: None for family in deep for tensor in family.members}
 
-    def match(self, pattern: str) -> Sequence[str]:
-        """The tensors that `pattern` matches. Raises SchemeError when there is none."""
+    def match(self, pattern: str, may_miss: bool = False) -> Sequence[str]:
+        """The tensors that `pattern` matches. Raises SchemeError when there is none, unless it
+        `may_miss`."""
         if not pattern:
             raise SchemeError("an empty pattern matches nothing; was a variable not set?")
         if pattern.startswith("re:"):
@@ -113,7 +129,7 @@ class Names:
         else:
             below = (name for name in self._deep if name.startswith(f"{pattern}."))
             names = [*self._exact.get(pattern, ()), *below]
-        if not names and not self._is_tied_head(pattern):
+        if not names and not may_miss and not self._is_tied_head(pattern):
             raise SchemeError(
                 f"pattern {pattern!r} matches nothing{_nearest(pattern, list(self._modules))}"
             )

@@ -429,7 +429,8 @@ def trimmed(fit: Fit, parts: Mapping[str, Part]) -> Fit:
         return fit
     layers = [_trimmed(layer, parts) for layer in fit.layers]
     some = tuple(layer for layer in layers if layer.weights or layer.kept)
-    units = {layer.number: fit.units[layer.number] for layer in some}
+    left = {layer.number for layer in some} | {number for number, _ in fit.composed}
+    units = {number: unit for number, unit in fit.units.items() if number in left}
     tensors = {unit: fit.tensors[unit] for unit in dict.fromkeys(units.values())}
     return replace(fit, layers=some, units=units, tensors=tensors)
 

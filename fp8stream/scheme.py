@@ -17,6 +17,11 @@ BLOCK = 128
 NUMERICS = 1
 CODE_DTYPE = "F8_E4M3"
 SCALE_DTYPE = "F32"
+# What checkpoints hold beside weights for activations and caches.
+_OF_ACTIVATIONS = (
+    *("input_scale", "output_scale", "activation_scale", "q_scale", "k_scale", "v_scale"),
+    *("prob_scale", "input_zero_point", "weight_zero_point", "output_zero_point"),
+)
 
 
 class Granularity(str, Enum):
@@ -39,6 +44,18 @@ class Granularity(str, Enum):
     def row_multiple(self) -> int:
         """Rows that must be seen together: a slab of rows is a multiple of this."""
         return BLOCK if self is Granularity.BLOCK else 1
+
+
+def scale_names(codes: str) -> list[str]:
+    """What the scales beside a tensor of codes may be called, whoever wrote it."""
+    base = codes if codes.endswith("weight") else f"{codes}.weight"
+    names = [f"{base}_scale", f"{base}_scale_inv"]
+    return names if base == codes else [*names, f"{codes}_scale", f"{codes}_scale_inv"]
+
+
+def is_of_activations(name: str) -> bool:
+    """Whether a tensor says something of activations or caches, which no weight needs."""
+    return name.rpartition(".")[2] in _OF_ACTIVATIONS
 
 
 class OutputFormat(str, Enum):

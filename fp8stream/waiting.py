@@ -4,7 +4,7 @@ Names and counts alone. Pure.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from fp8stream.filled import Composed
@@ -16,11 +16,14 @@ from fp8stream.plan import LayerPlan, TensorPlan, demand_of
 class Waiting:
     """Which of `layers`, and of what is `composed`, can be worked on as their tensors come."""
 
-    def __init__(self, layers: Sequence[LayerPlan], composed: Sequence[Composed]) -> None:
+    def __init__(
+        self, layers: Sequence[LayerPlan], composed: Sequence[tuple[int, Composed]]
+    ) -> None:
+        """What is composed comes with its number."""
         self._layers = layers
         needs: list[set[str]] = [_sources(layer) for layer in layers]
-        needs += [{*each.sources} for each in composed]
-        self._work: list[LayerPlan | Composed] = [*layers, *composed]
+        needs += [{*each.sources} for _, each in composed]
+        self._work: list[LayerPlan | tuple[int, Composed]] = [*layers, *composed]
         self._left = needs
         self._waits: dict[str, set[int]] = defaultdict(set)
         for at, names in enumerate(needs):
@@ -39,10 +42,10 @@ class Waiting:
         """Whether anything waits for `name`."""
         return bool(self._waits.get(name))
 
-    def ready(self, name: str) -> tuple[list[LayerPlan], list[Composed]]:
+    def ready(self, name: str) -> tuple[list[LayerPlan], list[tuple[int, Composed]]]:
         """What can be worked on, now that `name` is there."""
         layers: list[LayerPlan] = []
-        composed: list[Composed] = []
+        composed: list[tuple[int, Composed]] = []
         for at in sorted(self._waits[name]):
             self._left[at].discard(name)
             if self._left[at]:
@@ -58,10 +61,22 @@ class Waiting:
                     self._done.append(source)
         return layers, composed
 
+    def rest(self, came: Container[str]) -> list[LayerPlan]:
+        """The layers that wait still, as much of them as `came`."""
+        left = (work for work, lacks in zip(self._work, self._left, strict=True) if lacks)
+        some = [_of(layer, came) for layer in left if isinstance(layer, LayerPlan)]
+        return [layer for layer in some if layer.weights or layer.kept]
+
     def done(self) -> list[str]:
         """The tensors that nobody waits for any more, since it was last asked."""
         done, self._done = self._done, []
         return done
+
+
+def _of(layer: LayerPlan, came: Container[str]) -> LayerPlan:
+    weights = [w for w in layer.weights if w.spec.name in came]
+    kept = [tensor for tensor in layer.kept if tensor.spec.name in came]
+    return LayerPlan(layer.number, layer.name, weights, kept)
 
 
 def _sources(layer: LayerPlan) -> set[str]:

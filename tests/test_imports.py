@@ -15,6 +15,8 @@ HOUSE = [
     "cli",
     "saving",
     "online",
+    "sources",
+    "carried",
     "ranks",
     "styles",
     "verify",
@@ -22,9 +24,9 @@ HOUSE = [
     "stream",
     "work",
     "skeleton",
-    "coded",
     "waiting",
     "fitting",
+    "coded",
     "held",
     "live",
     "device",
@@ -78,6 +80,7 @@ HOUSE = [
 ]
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
+    "coded",
     "filled",
     "places",
     "advice",

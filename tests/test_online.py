@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fp8stream
-from fp8stream import device, live, online, skeleton
+from fp8stream import device, live, online, skeleton, sources
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
 from fp8stream.fused_experts import FP8Experts
 from fp8stream.linear import FP8Linear
@@ -475,24 +475,34 @@ def test_reloads_leave_memory_where_it_was(saved: Saved, tmp_path: Path) -> None
     assert MemoryUsage.now().anonymous - before < 8 * MIB
 
 
-def units(model: nn.Module, saved: Saved, kind: str) -> dict[str, frozenset[str]]:
-    """What changes at once, by the names that errors have for it."""
-    recipe = getattr(model, online._RECIPE)
-    coming = online._open(model, saved.directory(kind, 1), recipe)
-    return dict(coming.fit(model, recipe).tensors)
+def fused_with(module: str) -> str:
+    """The first of the modules that one tensor scale is for."""
+    path, _, leaf = module.rpartition(".")
+    names = next((group for group in FUSED if leaf in group), {leaf})
+    return f"{path}.{min(names)}"
+
+
+def units(model: nn.Module, scheme: str) -> dict[str, frozenset[str]]:
+    """What must change at once, by the first of its modules: a module with all that it has, and
+    under tensor scales what engines fuse."""
+    groups: dict[str, set[str]] = {}
+    for name in dict(model.named_parameters()) | dict(model.named_buffers()):
+        module = name.rpartition(".")[0]
+        groups.setdefault(fused_with(module) if scheme == "tensor" else module, set()).add(name)
+    return {module: frozenset(names) for module, names in groups.items()}
 
 
 def old_or_new(
     model: nn.Module, groups: Mapping[str, frozenset[str]], old: Mapping[str, Tensor], new: Any
 ) -> set[str]:
-    """The units that are new; all of each unit is that, or all is old."""
+    """The modules that are new; all of each unit is that, or all is old."""
     found, changed = everything(model), set()
     for unit, names in groups.items():
         kinds = {(same(found[name], old[name]), same(found[name], new[name])) for name in names}
         is_new = all(fresh for _, fresh in kinds)
         assert is_new or all(stale for stale, _ in kinds), unit
         if is_new and any(not same(old[name], new[name]) for name in names):
-            changed.add(unit)
+            changed |= {name.rpartition(".")[0] for name in names}
     return changed
 
 
@@ -504,7 +514,7 @@ def test_a_reload_that_meets_a_bad_weight_leaves_whole_units(
     """Each weight in turn has a NaN: all of a unit is new, or old, and the error says which."""
     model = loaded(saved, kind, scheme)
     old = {name: t.clone() for name, t in everything(model).items()}
-    new, groups = quantized(saved.full(kind, 1), scheme), units(model, saved, kind)
+    new, groups = quantized(saved.full(kind, 1), scheme), units(model, scheme)
     tensors, before = saved.tensors(kind, 1), pointers(model)
     bad = [n for n, t in tensors.items() if t.ndim > 1 and "layers" in n and "router" not in n]
     bad = [n for n in bad if "gate.weight" not in n and "bias" not in n]
@@ -513,12 +523,12 @@ def test_a_reload_that_meets_a_bad_weight_leaves_whole_units(
     for name in bad[:: 1 if kind == "llama-tied" else 3]:
         spoilt = {**tensors, name: tensors[name].clone()}
         spoilt[name].view(-1)[7] = torch.nan
-        with pytest.raises(ReloadError, match=r"units are new") as caught:
+        with pytest.raises(ReloadError, match=r"modules are new") as caught:
             online.reload(model, spoilt)
         changed = old_or_new(model, groups, old, new)
         assert changed == set(caught.value.new), name
         assert isinstance(caught.value.__cause__, WeightError)
-        assert len(changed) < len(groups)
+        assert len(changed) < sum(1 for _ in model.modules())
         online.reload(model, saved.directory(kind))
         assert pointers(model) == before
         assert all(same(t, old[n]) for n, t in everything(model).items())
@@ -531,7 +541,7 @@ def test_a_reload_whose_worker_fails_leaves_whole_units(
     kind = "qwen2"
     model = loaded(saved, kind, "tensor")
     old = {name: t.clone() for name, t in everything(model).items()}
-    new, groups = quantized(saved.full(kind, 1), "tensor"), units(model, saved, kind)
+    new, groups = quantized(saved.full(kind, 1), "tensor"), units(model, "tensor")
     convert, count = Worker.convert, 0
 
     def failing(self: Worker, task: Any) -> None:
@@ -564,17 +574,6 @@ def test_a_reload_whose_worker_fails_leaves_whole_units(
     assert len(seen) > 5
 
 
-def test_what_shares_a_scale_changes_together(saved: Saved) -> None:
-    groups = units(loaded(saved, "llama", "tensor"), saved, "llama")
-    at = "model.layers.0"
-    for leaves in (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]):
-        inner = "mlp" if "gate_proj" in leaves else "self_attn"
-        names = {
-            f"{at}.{inner}.{leaf}.{end}" for leaf in leaves for end in ("weight", "weight_scale")
-        }
-        assert names in groups.values()
-
-
 @pytest.mark.parametrize("kind", FEW)
 def test_nothing_of_a_load_is_held(
     saved: Saved, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -587,7 +586,7 @@ def test_nothing_of_a_load_is_held(
         seen.append(weakref.ref(lane))
         return lane
 
-    monkeypatch.setattr(online, "open_lane", open_lane)
+    monkeypatch.setattr(sources, "open_lane", open_lane)
 
     def source(seed: int) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in saved.tensors(kind, seed).items():

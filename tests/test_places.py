@@ -178,11 +178,11 @@ def test_matrices_and_parts_of_places(data: st.DataObject) -> None:
                     into = at + column * one.target.column_step
                     flat[into] = source.reshape(-1)[of + column * one.source.column_step]
         assert torch.equal(full, whole)
-    window = data.draw(regions(shape))
-    index = tuple(slice(part.start, part.stop, part.step) for part in window)
-    part = torch.full(tuple(map(len, window)), -1)
-    inside = place.within(window)
-    if inside is not None:
-        assert inside.target_shape == tuple(part.shape)
-        inside.apply(part, source)
-    assert torch.equal(part, whole[index])
+    for piece in place.spans(data.draw(st.integers(1, 9))):
+        assert place.covers(piece)
+        assert piece == place.part(piece.region)
+        some = source.reshape(-1)[piece.first : piece.first + piece.span]
+        assert torch.equal(some.as_strided(piece.shape, piece.steps), piece.read(source))
+        assert torch.equal(piece.read(source), whole[piece.target_index()])
+        whole[piece.target_index()] = -1
+    assert bool((whole == -1).all())
