@@ -87,7 +87,11 @@ class _Carrier:
             for tensor in layer.kept:
                 self._keep(tensor.spec)
         self._sink.finished(layer.number)
-        yield LayerDone(layer.name, layer.bytes_read(1 << 62), layer.bytes_written)
+        sources = {w.spec.name for w in layer.weights} | {t.spec.name for t in layer.kept}
+        scales = sum(self._coded[n].scales.nbytes for n in sources if n in self._coded)
+        read = sum(weight.nbytes for weight in layer.weights) + scales
+        read += sum(tensor.spec.nbytes for tensor in layer.kept)
+        yield LayerDone(layer.name, read, layer.bytes_written)
 
     def _carry(self, weight: WeightPlan, coded: Coded) -> None:
         rows, columns = weight.shape

@@ -20,7 +20,7 @@ from fp8stream.layout import OutputTensor
 from fp8stream.mapping import Placement
 from fp8stream.places import Place
 from fp8stream.plan import Decisions, LayerPlan, TensorPlan
-from fp8stream.roles import Role
+from fp8stream.roles import SOURCE_DTYPES, Role
 from fp8stream.scheme import BLOCK, CODE_DTYPE, SCALE_DTYPE, Granularity
 from fp8stream.views import View
 from fp8stream.weights import Kept, WeightPlan
@@ -113,9 +113,9 @@ def granularities(plan: Decisions, experts: bool) -> dict[str, Granularity]:
     """
     found = {t.spec.name: t.granularity for t in plan.tensors if t.granularity}
     for tensor in plan.tensors if experts else ():
-        asked = tensor.reason.startswith(("--ignore", "one expert set with"))
-        floats = tensor.spec.dtype in ("BF16", "F16", "F32")
-        if tensor.role is Role.EXPERT and tensor.known.stacked and floats and not asked:
+        floats = tensor.spec.dtype in SOURCE_DTYPES
+        stacked = tensor.role is Role.EXPERT and tensor.known.stacked
+        if stacked and floats and not tensor.known.asked:
             found.setdefault(tensor.spec.name, plan.scheme.expert_granularity)
     return found
 
@@ -132,23 +132,24 @@ class _Ready(NamedTuple):
 class Fitting:
     """Fits the tensors of `plan`, quantized as `chosen`, to the model's `weights`.
 
-    If modules are FP8 already, `fixed` says how, and no other will be. `coded` are those tensors
-    that are FP8 already. A weight that does not come whole, or is tied to what cannot be FP8, stays
-    as it is, and so does one that is `held_back`, for the reason that is given. Each of `together`
-    names modules that change at once besides those that must.
+    If modules are FP8 already, `fixed` says which and how, and no other will be. `coded` are those
+    tensors that are FP8 already. A weight that does not come whole, or is tied to what cannot be
+    FP8, stays as it is, and so does one that is `held_back`, for the reason that is given. Each of
+    `together` names modules that change at once besides those that must.
     """
 
     plan: Decisions
     chosen: Mapping[str, Granularity]
     placement: Placement
     weights: Sequence[Weight]
-    fixed: Mapping[str, Granularity] = field(default_factory=dict)
+    fixed: Mapping[str, Granularity] | None = None
     coded: Mapping[str, Coded] = field(default_factory=dict)
     held_back: Mapping[str, str] = field(default_factory=dict)
     together: Iterable[frozenset[str]] = ()
 
     def __post_init__(self) -> None:
         self._specs = {tensor.spec.name: tensor.spec for tensor in self.plan.tensors}
+        self._fixed = self.fixed or {}
         self._warnings: list[str] = []
 
     def fit(self) -> Fit:
@@ -158,9 +159,9 @@ class Fitting:
         sets = {t.spec.name: w.shared for t in self.plan.tensors for w in t.weights if w.shared}
         layers = _Layers(sets)
         for one in ready:
-            layers.add(*one)
+            layers.add(one)
         narrow = {one.weight.target for one in ready}
-        narrow |= {weight.target for weight in self.weights if weight.module in self.fixed}
+        narrow |= {weight.target for weight in self.weights if weight.module in self._fixed}
         copied: dict[str, list[Place]] = {}
         for tensor in self.plan.tensors:
             goes = self.placement.by_source.get(tensor.spec.name, ())
@@ -168,7 +169,7 @@ class Fitting:
                 layers.keep(tensor, rest)
                 copied[tensor.spec.name] = rest
         self._warn_of_numbers([name for name in copied if name in self.coded])
-        units = _Units(self.together)
+        units = _Joined(self.together)
         made = layers.layers(units, copied, self._composed())
         modules = {one.weight.module: one.granularity for one in ready}
         return Fit(*made, copied, modules, tuple(self._warnings))
@@ -185,7 +186,7 @@ class Fitting:
             places = self.placement.by_target.get(weight.target, ())
             if not places:
                 continue
-            if weight.target in unfit and weight.module not in self.fixed:
+            if weight.target in unfit and weight.module not in self._fixed:
                 self._stays(weight, unfit[weight.target])
                 continue
             granularity, why = self._granularity(weight, places)
@@ -197,7 +198,7 @@ class Fitting:
         return found
 
     def _stays(self, weight: Weight, why: str) -> None:
-        if weight.module in self.fixed:
+        if weight.module in self._fixed:
             raise CheckpointError(f"{weight.target}: is FP8, and cannot be filled: {why}")
         self._warnings.append(f"{weight.target} stays as it is: {why}")
 
@@ -205,8 +206,8 @@ class Fitting:
         self, weight: Weight, places: Sequence[Place]
     ) -> tuple[Granularity | None, str]:
         """How the weight will be quantized; None where it will not be, and why, if unexpected."""
-        fixed, sources = self.fixed.get(weight.module), {place.source for place in places}
-        if self.fixed and fixed is None:
+        fixed, sources = self._fixed.get(weight.module), {place.source for place in places}
+        if self.fixed is not None and fixed is None:
             return None, ""
         if sources & self.coded.keys():
             return self._of_codes(weight, places, fixed)
@@ -252,7 +253,7 @@ class Fitting:
         for weight in self.weights:
             one = known.get(weight.target)
             kinds[weight.module].add(one.granularity if one else None)
-        if self.fixed:
+        if self.fixed is not None:
             return list(ready)
         shared = {module: common(found) for module, found in kinds.items()}
         alike = [(one, shared[one.weight.module]) for one in ready]
@@ -269,23 +270,23 @@ def module_of(target: str) -> str:
     return target.rpartition(".")[0] or target
 
 
-class _Units:
-    """Modules that change at once, as they share a layer: each is called by its first."""
+class _Joined:
+    """Names that belong together: each such set is called by its first."""
 
-    def __init__(self, together: Iterable[frozenset[str]]) -> None:
+    def __init__(self, sets: Iterable[Iterable[str]] = ()) -> None:
         self._first: dict[str, str] = {}
-        for modules in together:
-            self.join(modules)
+        for names in sets:
+            self.join(names)
 
-    def join(self, modules: Iterable[str]) -> None:
-        first, *others = sorted({self.of(module) for module in modules})
+    def join(self, names: Iterable[str]) -> None:
+        first, *others = sorted({self.of(name) for name in names})
         self._first |= dict.fromkeys(others, first)
 
-    def of(self, module: str) -> str:
-        """The unit of a module."""
-        first = self._first.setdefault(module, module)
+    def of(self, name: str) -> str:
+        """What the set of a name is called."""
+        first = self._first.setdefault(name, name)
         while first != self._first[first]:
-            first = self._first[module] = self._first[first]
+            first = self._first[name] = self._first[first]
         return first
 
 
@@ -367,28 +368,34 @@ def _by_part(weight: Weight, rows: range) -> list[tuple[int, int, int, int, int]
 
 
 class _Layers:
-    """Gathers layers: pieces that share a tensor scale in one, each other piece in its own."""
+    """Gathers layers: pieces that share a tensor scale in one, each other piece in its own.
+
+    One scale is for all of an expert's matrix, or of a linear layer's, and for all that comes from
+    one tensor, or from those of a fused set.
+    """
 
     def __init__(self, sets: Mapping[str, str]) -> None:
         self._sets = sets
+        self._shared = _Joined()
+        self._pieces: list[tuple[str, _Ready, _Piece]] = []
         self._weights: dict[str, list[WeightPlan]] = defaultdict(list)
         self._kept: dict[str, list[TensorPlan]] = defaultdict(list)
 
-    def add(self, weight: Weight, pieces: Sequence[_Piece], granularity: Granularity) -> None:
-        shared = self._shared(weight, pieces)
-        for piece in pieces:
-            key = shared[piece.expert] if granularity is Granularity.TENSOR else None
-            plan = _weight_plan(weight, piece, granularity, key)
-            name = key or f"{plan.name}+{piece.expert}.{piece.part}.{piece.first}"
-            self._weights[name].append(plan)
+    def add(self, one: _Ready) -> None:
+        """A weight, with all others' that shares its scales still to come."""
+        for piece in one.pieces:
+            key = f"{one.weight.target}[{piece.expert}]"
+            if not one.weight.experts:
+                source = piece.spec.name
+                self._shared.join([key, f"from {self._sets.get(source, source)}"])
+            self._pieces.append((key, one, piece))
 
-    def _shared(self, weight: Weight, pieces: Sequence[_Piece]) -> dict[int, str]:
-        """For each expert, the key of all that has its tensor scale."""
-        keys: dict[int, str] = {}
-        for piece in pieces:
-            known = None if weight.experts else self._sets.get(piece.spec.name)
-            keys.setdefault(piece.expert, known or f"{weight.target}[{piece.expert}]")
-        return keys
+    def _plan(self) -> None:
+        for key, one, piece in self._pieces:
+            shared = self._shared.of(key) if one.granularity is Granularity.TENSOR else None
+            plan = _weight_plan(one.weight, piece, one.granularity, shared)
+            name = shared or f"{plan.name}+{piece.expert}.{piece.part}.{piece.first}"
+            self._weights[name].append(plan)
 
     def keep(self, tensor: TensorPlan, goes: Sequence[Place]) -> None:
         """A tensor that is kept, with the first module that it goes to."""
@@ -396,7 +403,7 @@ class _Layers:
 
     def layers(
         self,
-        units: _Units,
+        units: _Joined,
         copied: Mapping[str, Sequence[Place]],
         composed: Sequence[tuple[Composed, set[str]]],
     ) -> tuple[
@@ -407,6 +414,7 @@ class _Layers:
     ]:
         """Layers, those of one unit after each other, what is composed with the numbers after
         theirs, the unit of each, and what units hold."""
+        self._plan()
         fills = {name: self._targets(name, copied) for name in (*self._kept, *self._weights)}
         every = [*fills.values(), *(targets for _, targets in composed)]
         for targets in every:

@@ -182,7 +182,7 @@ def _load(
     check_model(model)
     _check_recipe(model, recipe)
     coming = open_source(model, source, recipe.request)
-    fitted = coming.fit(model)
+    fitted = coming.fit(model, granularities_of(model) or None)
     if coming.is_known:
         _require(coming.placement.missing, how.strict)
     if check is not None:
@@ -251,7 +251,7 @@ def reload(
     held, budget = _held(model), _bytes(memory_budget)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
     coming = open_source(model, source, recipe.request)
-    fitted = coming.fit(model, together=recipe.units)
+    fitted = coming.fit(model, granularities_of(model), together=recipe.units)
     lacking = recipe.loaded - coming.placement.filled
     stale = {unit for unit, names in fitted.tensors.items() if names & lacking}
     if strict and coming.is_known and stale:

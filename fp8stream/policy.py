@@ -8,7 +8,7 @@ an error, and a set that follows one of its members is a warning.
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 
@@ -68,6 +68,7 @@ def decide(
         included |= dict.fromkeys(chosen, f"--include {pattern}")
     _change(decided, included, True)
     _change(decided, ignored, False)
+    decided |= {name: replace(decided[name], asked=True) for name in ignored}
     for key_of, word in ((fused_set, "fused"), (expert_set, "one expert set")):
         found = sets(families, key_of, lambda family: _choices(family, decided))
         mixed = (names for names in found if len({decided[name].quantize for name in names}) > 1)
@@ -79,11 +80,16 @@ def _choices(family: Family, decided: Mapping[str, Classified]) -> set[bool]:
     return {decided[tensor.name].quantize for tensor in family.members}
 
 
-def _change(decided: dict[str, Classified], reasons: Mapping[str, str], quantize: bool) -> None:
+def _change(
+    decided: dict[str, Classified],
+    reasons: Mapping[str, str],
+    quantize: bool,
+    asked: bool = False,
+) -> None:
     """Decides the tensors that `reasons` names, where that is not what was decided already."""
     for name, reason in reasons.items():
         if decided[name].quantize != quantize:
-            decided[name] = decided[name].but(quantize, reason)
+            decided[name] = decided[name].but(quantize, reason, asked)
 
 
 class Names:
@@ -198,7 +204,8 @@ def _together(
         grows = asked and all(decided[n].quantizable and n not in ignored for n in kept)
         because = asked[0] if grows else next((n for n in kept if n in ignored), kept[0])
         follow = kept if grows else quantized
-        _change(decided, dict.fromkeys(follow, f"{word} with {because}"), bool(grows))
+        asked_for = because in ignored
+        _change(decided, dict.fromkeys(follow, f"{word} with {because}"), bool(grows), asked_for)
         followers += [(n, because) for n in follow if because in ignored or asked]
     if followers:
         name, because = followers[0]

@@ -45,7 +45,8 @@ class Classified:
     `linear_like` tells what an engine takes for a linear layer, and must be told of when it is
     kept; `quantizable` those of them that `--include` may ask for. `fused` are the names of the
     projections that an engine stacks into one weight, this one among them; `stacked` tells experts
-    that are one tensor [experts, ., .].
+    that are one tensor [experts, ., .]. `asked` says that a pattern of the user's names it, or
+    what it is kept with.
     """
 
     role: Role
@@ -55,10 +56,11 @@ class Classified:
     quantizable: bool = False
     fused: tuple[str, ...] = ()
     stacked: bool = False
+    asked: bool = False
 
-    def but(self, quantize: bool, reason: str) -> "Classified":
+    def but(self, quantize: bool, reason: str, asked: bool = False) -> "Classified":
         """The same, decided otherwise."""
-        return replace(self, quantize=quantize, reason=reason)
+        return replace(self, quantize=quantize, reason=reason, asked=asked)
 
 
 SMALLEST_SIDE = 64

@@ -31,7 +31,8 @@ from fp8stream.memory import plan_workspace
 from fp8stream.places import Place
 from fp8stream.plan import Decisions, LayerPlan, Task, demand_of, tasks_of
 from fp8stream.reader import Reader, Shards
-from fp8stream.skeleton import find_weights, granularities_of, original_tensors
+from fp8stream.scheme import Granularity
+from fp8stream.skeleton import find_weights, original_tensors
 from fp8stream.stream import LayerDone, Worker, stream_tasks
 from fp8stream.waiting import Waiting, with_specs
 
@@ -132,13 +133,13 @@ class Incoming:
     def fit(
         self,
         model: nn.Module,
+        fixed: Mapping[str, Granularity] | None = None,
         held_back: Mapping[str, str] | None = None,
         together: Iterable[frozenset[str]] = (),
     ) -> Fit:
         """How the source fits the model: its FP8 modules, or what will be that.
 
-        `held_back` are weights that stay as they are, and why; `together` modules that change at
-        once. Raises what `Fitting.fit` does.
+        `fixed`, `held_back` and `together` are those of `Fitting`, and so is what is raised.
         """
         chosen = granularities(self.decided, self._request.experts and not self.coded)
         chosen |= {
@@ -151,7 +152,7 @@ class Incoming:
             chosen,
             self.placement,
             find_weights(model),
-            granularities_of(model),
+            fixed,
             self.coded,
             held_back or {},
             together,

@@ -168,3 +168,23 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
         return Run(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live model's storage begins as NaN: what nothing is written to shows."""
+    from fp8stream import skeleton
+
+    fresh = skeleton.storage
+
+    def spoil(like: torch.Tensor, device: torch.device) -> torch.Tensor:
+        tensor = fresh(like, device)
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.is_floating_point():
+            tensor.fill_(torch.nan)
+        elif tensor.dtype != torch.bool:
+            tensor.fill_(-1)
+        return tensor
+
+    monkeypatch.setattr(skeleton, "storage", spoil)
