@@ -9,7 +9,6 @@ made here stream as any others do. Pure.
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import NamedTuple
 
 from fp8stream.coded import Coded, CodedRows, can_be, common, scales_of
@@ -77,14 +76,15 @@ class _Piece:
 class Fit:
     """`layers` stream the checkpoint into the model, and what is `composed` has numbers of its own.
 
-    What belongs together is a unit: `units` say it of each number, `tensors` of each unit what it
-    holds. `copied` says where a tensor goes that is not quantized. `quantized` are the modules that
-    are FP8, and how.
+    What belongs together is a unit: `units` say it of each number, `modules` of each module of the
+    model, and `tensors` of each unit what comes for it. `copied` says where a tensor goes that is
+    not quantized. `quantized` are the modules that are FP8, and how.
     """
 
     layers: tuple[LayerPlan, ...]
     composed: tuple[tuple[int, Composed], ...]
     units: Mapping[int, str]
+    modules: Mapping[str, str]
     tensors: Mapping[str, frozenset[str]]
     copied: Mapping[str, Sequence[Place]]
     quantized: Mapping[str, Granularity]
@@ -100,10 +100,9 @@ class Fit:
             tensors={unit: names for unit, names in self.tensors.items() if unit not in units},
         )
 
-    @cached_property
-    def unit_of(self) -> Mapping[str, str]:
-        """The unit of each tensor of the model that is filled."""
-        return {name: unit for unit, names in self.tensors.items() for name in names}
+    def unit(self, target: str) -> str:
+        """The unit of a tensor of the model."""
+        return self.modules.get(module_of(target), "")
 
 
 def granularities(plan: Decisions, experts: bool) -> dict[str, Granularity]:
@@ -282,6 +281,10 @@ class _Joined:
         first, *others = sorted({self.of(name) for name in names})
         self._first |= dict.fromkeys(others, first)
 
+    def names(self) -> dict[str, str]:
+        """What the set of every name is called."""
+        return {name: self.of(name) for name in self._first}
+
     def of(self, name: str) -> str:
         """What the set of a name is called."""
         first = self._first.setdefault(name, name)
@@ -409,11 +412,13 @@ class _Layers:
     ) -> tuple[
         tuple[LayerPlan, ...],
         tuple[tuple[int, Composed], ...],
-        dict[int, str],
-        dict[str, frozenset[str]],
+        Mapping[int, str],
+        Mapping[str, str],
+        Mapping[str, frozenset[str]],
     ]:
         """Layers, those of one unit after each other, what is composed with the numbers after
-        theirs, the unit of each, and what units hold."""
+        theirs, the units of numbers and modules, and what units
+        hold."""
         self._plan()
         fills = {name: self._targets(name, copied) for name in (*self._kept, *self._weights)}
         every = [*fills.values(), *(targets for _, targets in composed)]
@@ -431,7 +436,8 @@ class _Layers:
         for name, targets in zip(unit, every, strict=True):
             holds[name] |= targets
         made = enumerate((one for one, _ in composed), len(fills))
-        return tuple(layers), tuple(made), numbered, {n: frozenset(t) for n, t in holds.items()}
+        tensors = {unit: frozenset(targets) for unit, targets in holds.items()}
+        return tuple(layers), tuple(made), numbered, units.names(), tensors
 
     def _targets(self, name: str, copied: Mapping[str, Sequence[Place]]) -> set[str]:
         """What a layer fills of the model."""

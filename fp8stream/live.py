@@ -162,7 +162,7 @@ class ModelSink:
         places: Mapping[str, Sequence[Place]],
         specs: Mapping[str, TensorSpec],
         units: Mapping[int, str] | None = None,
-        unit_of: Mapping[str, str] | None = None,
+        unit_of: Callable[[str], str] | None = None,
     ) -> None:
         self._targets = targets
         self._places = places
@@ -170,7 +170,7 @@ class ModelSink:
         self._units = units
         self._left = Counter((units or {}).values())
         self._staged: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        self._unit_of = unit_of or {}
+        self._unit_of = unit_of or str
         self._came: dict[str, Coverage] = {}
         self._lock = threading.Lock()
         self.changed: set[str] = set()
@@ -278,7 +278,7 @@ class ModelSink:
         if self._units is None:
             return held, held.values
         with self._lock:
-            staged = self._staged[self._unit_of[name]]
+            staged = self._staged[self._unit_of(name)]
             if name not in staged:
                 # What no layer writes, as of a part that never came, stays what it is.
                 staged[name] = held.values.clone()
@@ -311,8 +311,3 @@ class ModelSink:
         for name, tensor in staged.items():
             self._targets[name].values.copy_(tensor)
         self.changed.add(unit)
-
-    @property
-    def begun(self) -> set[str]:
-        """The units of which something came, and not all."""
-        return {*self._staged} - self.changed

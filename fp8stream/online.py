@@ -253,19 +253,20 @@ def reload(
     coming = open_source(model, source, recipe.request)
     fitted = coming.fit(model, granularities_of(model), together=recipe.units)
     lacking = recipe.loaded - coming.placement.filled
-    stale = {unit for unit, names in fitted.tensors.items() if names & lacking}
-    if strict and coming.is_known and stale:
-        lost = lacking & _tensors(fitted, stale)
+    stale = {fitted.unit(name) for name in lacking}
+    if strict and coming.is_known and stale & fitted.tensors.keys():
+        lost = {n for n in lacking if fitted.unit(n) in fitted.tensors}
         raise CheckpointError(
             _not_all([str(gap) for gap in coming.placement.missing if gap.target in lost])
         )
     fitted = trimmed(fitted.without(stale), parts_of(model))
-    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, fitted.unit_of)
+    sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, fitted.unit)
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         course = Course(fitted, sink, where, budget, progress or _nothing, settle=False)
         try:
             read = coming.stream(course) - sink.passed_over
-            if strict and sink.begun:
+            begun = {fitted.unit(name) for name in coming.came()} & fitted.tensors.keys()
+            if strict and begun - sink.changed:
                 raise CheckpointError(_not_all(coming.missing()))
         except Exception as error:
             raise _stopped(error, fitted, sink.changed) from error

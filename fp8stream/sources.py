@@ -162,6 +162,11 @@ class Incoming:
         """Everything to its place; the bytes that were read."""
         raise NotImplementedError
 
+    def came(self) -> set[str]:
+        """The tensors of the model that anything came for."""
+        composed = (name for one in self.placement.composed for name in one.targets)
+        return {*self.placement.by_target, *composed}
+
     def missing(self) -> list[str]:
         """What nothing, or not all, came for."""
         return [str(gap) for gap in self.placement.missing]
@@ -358,6 +363,11 @@ class OneByOne(Incoming):
                 "are loaded from files, dicts and lists"
             )
         self._check_kind(self.specs[name])
+
+    def came(self) -> set[str]:
+        every = (place.target for name in self._came for place in self._places(name))
+        composed = (c.targets for c in self.placement.composed if self._came.keys() & {*c.sources})
+        return {*every, *(name for targets in composed for name in targets)}
 
     def missing(self) -> list[str]:
         lost = self.specs.keys() - self._came
