@@ -121,9 +121,31 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open(source, single)
 
 
+def open_weights(path: str | Path, config: Mapping[str, Any]) -> Checkpoint:
+    """As `open_checkpoint`, but only for the weights: of what lies beside them nothing is looked at
+    but a config.json, instead of which there may be `config`."""
+    source = Path(path)
+    single = _is_one_file(source, str(path))
+    with reading(source):
+        directory = source.parent if single else source
+        there = (directory / "config.json").exists()
+        shards, _ = _open_shards(source, single)
+        found = _read_config(directory) if there else config
+        return Checkpoint(source, directory, found, shards)
+
+
 def _open(source: Path, single: bool) -> Checkpoint:
     directory = source.parent if single else source
     config = _read_config(directory)
+    shards, warnings = _open_shards(source, single)
+    names = {shard.name for shard in shards}
+    side_files = _find_side_files(directory, names, warnings, recursive=not single)
+    return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
+
+
+def _open_shards(source: Path, single: bool) -> tuple[tuple[Shard, ...], list[str]]:
+    """The shards, and what is to be said of them."""
+    directory = source.parent if single else source
     warnings: list[str] = []
     if single:
         names, weight_map = [source.name], None
@@ -134,8 +156,7 @@ def _open(source: Path, single: bool) -> Checkpoint:
         owners = _find_owners(shards)
         if weight_map is not None:
             _check_weight_map(directory, weight_map, owners, warnings)
-    side_files = _find_side_files(directory, set(names), warnings, recursive=not single)
-    return Checkpoint(source, directory, config, shards, side_files, tuple(warnings))
+    return shards, warnings
 
 
 @dataclass(frozen=True)

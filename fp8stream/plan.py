@@ -382,7 +382,7 @@ def decide_tensors(
     config = Config(checkpoint.config)
     ordered = in_order(checkpoint.tensors)
     classified = keep_unquantized(classify(ordered, config), config)
-    warnings = list(checkpoint.warnings)
+    warnings: list[str] = []
     tied = is_tied(classified, config)
     kinds = _kinds(checkpoint, classified, config, scheme, patterns, experts, warnings)
     place = {named.tensor.name: at for at, named in enumerate(ordered)}
@@ -417,8 +417,15 @@ def plan_quantization(
         _plan_workspace(kinds, resources),
         sum(file.size for file in checkpoint.side_files),
         decided.tied,
-        (*decided.warnings, *advice),
+        (*_remarks(checkpoint), *decided.warnings, *advice),
     )
+
+
+def _remarks(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is said of a checkpoint, whatever is decided."""
+    yield from checkpoint.warnings
+    if checkpoint.quantized_as:
+        yield f"already quantized ({checkpoint.quantized_as}): quantize refuses it"
 
 
 def _kinds(
@@ -433,7 +440,6 @@ def _kinds(
     """What becomes of every tensor: the default, what was asked for, what engines make of it."""
     if checkpoint.quantized_as:
         classified = {family: _as_it_is(known) for family, known in classified.items()}
-        warnings.append(f"already quantized ({checkpoint.quantized_as}): quantize refuses it")
     families, arrangements = arrange(classified, config, scheme, experts)
     decided = decide(families, patterns, is_tied(families, config), warnings)
     decided, to_channel = fall_back(families, decided, scheme, config, warnings)

@@ -11,12 +11,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fp8stream.carried import carry_layers, is_carried, with_values
-from fp8stream.checkpoint import Checkpoint, open_checkpoint
+from fp8stream.checkpoint import Checkpoint, open_weights
 from fp8stream.clock import Clock
 from fp8stream.coded import find_coded, is_beside
 from fp8stream.device import TORCH_DTYPES, dtype_of, open_lane, running_out_of_memory
@@ -69,7 +70,7 @@ class Request:
 def open_source(model: nn.Module, source: Source, request: Request) -> "Incoming":
     """What is known of `source` before any of it is read. Raises CheckpointError."""
     if isinstance(source, str | Path):
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_weights(source, _described(model))
         reader = Reader(checkpoint.directory, checkpoint.shards)
         return Known(model, checkpoint, request, reader)
     if isinstance(source, Mapping):
@@ -94,10 +95,14 @@ def _pair(item: object) -> tuple[str, Tensor]:
 
 def _as_checkpoint(model: nn.Module, specs: Iterable[TensorSpec]) -> Checkpoint:
     """Tensors of a model as a checkpoint, each a file."""
-    describe = getattr(getattr(model, "config", None), "to_dict", dict)
-    described = {k: v for k, v in describe().items() if k != "quantization_config"}
     shards = tuple(Shard(spec.name, spec.nbytes, 0, (spec,)) for spec in specs)
-    return Checkpoint(Path("model"), Path("model"), described, shards)
+    return Checkpoint(Path("model"), Path("model"), _described(model), shards)
+
+
+def _described(model: nn.Module) -> dict[str, Any]:
+    """The model's own config.json, if it has one."""
+    describe = getattr(getattr(model, "config", None), "to_dict", dict)
+    return {key: value for key, value in describe().items() if key != "quantization_config"}
 
 
 class Incoming:
