@@ -21,6 +21,7 @@ HOUSE = [
     "findings",
     "stream",
     "work",
+    "reads",
     "skeleton",
     "coded",
     "waiting",
