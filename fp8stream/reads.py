@@ -7,9 +7,10 @@ with its children stands in its source.
 
 import ast
 import inspect
+import operator
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -24,11 +25,16 @@ _HARMLESS = {"device", "shape", "size", "ndim", "dim", "numel", "is_meta", "requ
 _ITEM = "[]"
 
 
+# What an `if` asks, and the answer that leads to where a read is.
+Guard = tuple[ast.expr, bool]
+
+
 class Read(NamedTuple):
-    """An attribute that a method reads: `self.layers[0].up.weight` is self, layers, [], up,
-    weight."""
+    """An attribute that a method reads, under `guards`: `self.layers[0].up.weight` is self, layers,
+    [], up, weight."""
 
     chain: tuple[str, ...]
+    guards: tuple[Guard, ...]
     method: str
 
 
@@ -45,12 +51,13 @@ def read_by_parents(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for weight in find_weights(model):
         for path, below in _around(weight):
-            holder = type(modules[path])
-            if holder not in known:
-                known[holder] = list(_reads(holder))
-            read = next((r for r in known[holder] if _is_of(r.chain, below)), None)
-            if read is not None:
-                found.setdefault(weight.target, f"{read.method} reads it")
+            holder = modules[path]
+            kind = type(holder)
+            if kind not in known:
+                known[kind] = list(_reads(kind))
+            for read in known[kind]:
+                if _is_of(read.chain, below) and all(_may(*g, holder) for g in read.guards):
+                    found.setdefault(weight.target, f"{read.method} reads it")
     return found
 
 
@@ -62,17 +69,60 @@ def _around(weight: Weight) -> Iterator[tuple[str, Sequence[str]]]:
 
 
 def _is_of(chain: Sequence[str], below: Sequence[str]) -> bool:
-    parts = [_ITEM if part.isdigit() else part for part in below]
-    if len(parts) == 2 and list(chain[-2:]) == parts:
+    if len(below) == 2 and tuple(chain[-2:]) == tuple(below):
         return True
-    return list(chain) == ["self", *parts]
+    return len(chain) == len(below) + 1 and all(
+        part == name or (name.isdigit() and part in (_ITEM, f"[{name}]"))
+        for part, name in zip(chain, ["self", *below], strict=True)
+    )
+
+
+def _may(test: ast.expr, answer: bool, module: nn.Module) -> bool:
+    """Whether `test` may come out as `answer`, as the module's settings are."""
+    if isinstance(test, ast.BoolOp):
+        every = isinstance(test.op, ast.And) is answer
+        return (all if every else any)(_may(part, answer, module) for part in test.values)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _may(test.operand, not answer, module)
+    try:
+        return bool(_value(test, module)) is answer
+    except (LookupError, TypeError):
+        return True
+
+
+_COMPARE: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
+}
+
+
+def _value(node: ast.expr, module: nn.Module) -> Any:
+    """What a constant, a setting of the module or a comparison of them is; else LookupError."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        compare = _COMPARE[type(node.ops[0])]
+        return compare(_value(node.left, module), _value(node.comparators[0], module))
+    if not isinstance(node, ast.Attribute) or _chain(node.value) != ["self"]:
+        raise LookupError
+    # FP8 modules are for inference.
+    value = False if node.attr == "training" else vars(module)[node.attr]
+    if not isinstance(value, bool | int | float | str | None):
+        raise LookupError
+    return value
 
 
 def _reads(kind: type[nn.Module]) -> Iterator[Read]:
     """What the methods of a class read of their children's attributes."""
     for function in _methods(kind):
-        for chain in _chains(function):
-            yield Read(chain, function.__qualname__)
+        for chain, guards in _chains(function):
+            yield Read(chain, guards, function.__qualname__)
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[FunctionType]:
@@ -98,21 +148,31 @@ def _function(value: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
-def _chains(function: FunctionType) -> list[tuple[str, ...]]:
+def _chains(function: FunctionType) -> Iterator[tuple[tuple[str, ...], tuple[Guard, ...]]]:
     # Reading the source takes long, and few functions have anything to do with weights.
     if not any(name.endswith(("weight", "proj")) for name in _names(function.__code__)):
-        return []
+        return
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
-        return []
-    harmless = {
-        id(node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr in _HARMLESS
-    }
-    chains = [_chain(node) for node in ast.walk(tree) if id(node) not in harmless]
-    return [tuple(chain) for chain in chains if len(chain) > 2]
+        return
+    yield from _within(tree, ())
+
+
+def _within(
+    node: ast.AST, guards: tuple[Guard, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[Guard, ...]]]:
+    chain = tuple(_chain(node))
+    if len(chain) > 2 and chain[-1] not in _HARMLESS:
+        yield chain, guards
+    harmless = isinstance(node, ast.Attribute) and node.attr in _HARMLESS
+    below = node.value if harmless and isinstance(node, ast.Attribute) else node
+    under: dict[int, tuple[Guard, ...]] = {}
+    if isinstance(node, ast.If):
+        under |= {id(inner): (*guards, (node.test, True)) for inner in node.body}
+        under |= {id(inner): (*guards, (node.test, False)) for inner in node.orelse}
+    for inner in ast.iter_child_nodes(below):
+        yield from _within(inner, under.get(id(inner), guards))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -131,7 +191,9 @@ def _chain(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Store):
         return [*(_chain(node.value) or ["?"]), node.attr]
     if isinstance(node, ast.Subscript):
-        return [*(_chain(node.value) or ["?"]), _ITEM]
+        at = node.slice
+        known = isinstance(at, ast.Constant) and isinstance(at.value, int)
+        return [*(_chain(node.value) or ["?"]), f"[{ast.unparse(at)}]" if known else _ITEM]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
         of, name = [*node.args, None, None][:2]
         if of is not None and isinstance(name, ast.Constant) and isinstance(name.value, str):
