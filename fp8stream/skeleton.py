@@ -5,6 +5,7 @@ under several names stays one tensor, and what no checkpoint holds is computed a
 """
 
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,25 +18,18 @@ from fp8stream.conversions import wider
 from fp8stream.errors import CheckpointError, DeviceError
 from fp8stream.fitting import Weight
 from fp8stream.fused_experts import FP8Experts, describe_experts
-from fp8stream.linear import FP8Linear
+from fp8stream.linear import FP8Linear, is_linear, runs_its_class
 from fp8stream.live import Part
 from fp8stream.mapping import Placement, model_tensors
 from fp8stream.scheme import Granularity
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+# What accelerate puts on a module instead of its forward belongs to its hooks.
+_LEFT = {"forward", "_old_forward", "_hf_hook"}
 
 
 def check_model(model: nn.Module) -> None:
     """Raises CheckpointError or DeviceError for a model that nothing can be loaded into."""
+    aliased = _aliased(model)
     for name, module in model.named_modules():
         if "_hf_hook" in vars(module):
             raise DeviceError(
@@ -47,20 +41,23 @@ def check_model(model: nn.Module) -> None:
                 raise CheckpointError(
                     f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
                 )
+            if _overlaps(tensor) and not _unsaved(module, leaf) and not _is_alone(tensor, aliased):
+                raise CheckpointError(
+                    f"{name}.{leaf}: its elements share memory, as after `expand`, and cannot be "
+                    "loaded each; give it storage of its own with clone(), then load"
+                )
 
 
 def find_weights(model: nn.Module) -> list[Weight]:
     """The weights of linear layers and experts that can be FP8, or are."""
     found: list[Weight] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = type(module) is nn.Linear and "forward" not in vars(module)
-        if plain or isinstance(module, FP8Linear):
-            assert isinstance(module, nn.Linear | FP8Linear)
+        if is_linear(module) or isinstance(module, FP8Linear):
             shape = module.out_features, module.in_features
             found.append(Weight(name, "weight", "weight_scale", shape))
             continue
         form = module.form if isinstance(module, FP8Experts) else describe_experts(module)
-        if form is None:
+        if form is None or not (isinstance(module, FP8Experts) or runs_its_class(module)):
             continue
         for parameter, shape in zip(form.weights, form.shapes, strict=True):
             found.append(
@@ -78,6 +75,39 @@ def find_weights(model: nn.Module) -> list[Weight]:
     return found
 
 
+def not_plain(model: nn.Module) -> dict[str, str]:
+    """Weights of what looks like linear layers and experts but cannot be FP8, each with a reason.
+
+    They are 2-D weights of subclasses of nn.Linear, of linear layers that were changed, and of
+    transformers' Conv1D, and parameters [experts, ...] of modules that are not understood.
+    """
+    return {
+        f"{path}.{name}" if path else name: reason
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, reason in _not_plain(module)
+    }
+
+
+def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 2:
+        if not runs_its_class(module):
+            if isinstance(module, nn.Linear):
+                yield "weight", "its module has a forward of its own"
+        elif kind == "Conv1D":
+            yield "weight", "a Conv1D lies transposed, [in, out]"
+        elif isinstance(module, nn.Linear) and not is_linear(module):
+            yield "weight", f"{kind} is not nn.Linear itself"
+    if isinstance(module, FP8Experts | nn.modules.conv._ConvNd):
+        return
+    if describe_experts(module) is not None and runs_its_class(module):
+        return
+    for name, tensor in module._parameters.items():
+        if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point():
+            yield name, f"{kind} is no module of experts that is understood"
+
+
 def granularities_of(model: nn.Module) -> dict[str, Granularity]:
     """The granularity of each module that is FP8."""
     return {
@@ -89,10 +119,18 @@ def granularities_of(model: nn.Module) -> dict[str, Granularity]:
 
 def original_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The persistent tensors that the model has, or had: FP8 weights on meta, in their own shape,
-    and no scales; what is spread over ranks on meta, whole."""
+    and no scales; what is spread over ranks on meta, whole.
+
+    Without complex ones that have values: no checkpoint holds any, so they stay.
+    """
     tensors = model_tensors(model)
+    whole: dict[int, Tensor] = {}
     for name, part in parts_of(model).items():
-        tensors[name] = torch.empty(part.of, dtype=tensors[name].dtype, device="meta")
+        held = tensors[name]
+        bare = torch.empty(part.of, dtype=held.dtype, device="meta")
+        tensors[name] = whole.setdefault(id(held), bare)
+    for name in [n for n, t in tensors.items() if t.is_complex() and not t.is_meta]:
+        del tensors[name]
     tied: dict[int, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         at = f"{name}." if name else ""
@@ -162,7 +200,7 @@ def become_fp8(
             _replace(model, module, _fp8_like(module, granularity))
     for name, filled in ties.items():
         module, whole = (model.get_submodule(n.rpartition(".")[0]) for n in (name, filled))
-        if isinstance(whole, FP8Linear) and type(module) is nn.Linear:
+        if isinstance(whole, FP8Linear) and is_linear(module):
             new = _fp8_like(module, whole.granularity)
             new.weight, new.weight_scale = whole.weight, whole.weight_scale
             _replace(model, module, new)
@@ -170,14 +208,26 @@ def become_fp8(
 
 def _fp8_like(module: nn.Module, granularity: Granularity) -> nn.Module:
     """An FP8 module for `module`, with its hooks: the same ones, so that their handles hold."""
-    kind = FP8Linear if isinstance(module, nn.Linear) else FP8Experts
-    new = kind.on_meta_like(module, granularity)
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(module, hooks))
+    new: nn.Module
+    if is_linear(module):
+        new = FP8Linear.on_meta_like(module, granularity)
+    else:
+        new = FP8Experts.on_meta_like(module, granularity)
+    for key in vars(nn.Module()):
+        if "hook" in key:
+            setattr(new, key, _rebound(getattr(module, key), new))
     for key, value in vars(module).items():
-        if key not in vars(new):
+        if key not in vars(new) and key not in _LEFT:
             setattr(new, key, value)
     return new
+
+
+def _rebound(hooks: Any, module: nn.Module) -> Any:
+    """The same hooks; those that know the module that they are of know `module` instead."""
+    for hook in hooks.values() if isinstance(hooks, dict) else ():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(module)
+    return hooks
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -188,9 +238,26 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(model.get_submodule(path), leaf, new)
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that they cannot be written one by one."""
+    if tensor.layout != torch.strided:
+        return False
+    sides = list(zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 1 + sum((side - 1) * abs(step) for side, step in sides)
+
+
+def _is_alone(tensor: Tensor, aliased: set[int]) -> bool:
+    """Whether it lies on meta and no other tensor sees the same storage."""
+    return tensor.is_meta and tensor.untyped_storage()._cdata not in aliased
+
+
 def storage(like: Tensor, device: torch.device) -> Tensor:
-    """Storage for a tensor on meta, of its shape, strides and dtype; its content is anything."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    """Storage for a tensor on meta, of its shape, strides and dtype; its content is anything.
+
+    Elements that share memory there have each their own here.
+    """
+    strides = torch.empty(like.shape, device="meta").stride() if _overlaps(like) else like.stride()
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=device)
 
 
 def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) -> None:
@@ -213,7 +280,7 @@ def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) ->
                     new = _view(tensor, bases, device)
                 else:
                     new = storage(_wide(tensor, model, f"{path}.{name}"), device)
-                if spoil:
+                if spoil and not _overlaps(new):
                     _spoil(new)
                 if isinstance(tensor, nn.Parameter):
                     grad = tensor.requires_grad and tensor.is_floating_point()
@@ -255,7 +322,8 @@ def _spoil(tensor: Tensor) -> None:
     if tensor.dtype == torch.float8_e4m3fn:
         tensor.view(torch.uint8).fill_(0x7F)
     else:
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+        has_nan = tensor.is_floating_point() or tensor.is_complex()
+        tensor.fill_(float("nan") if has_nan else 0)
 
 
 def _wide(tensor: Tensor, model: nn.Module, name: str) -> Tensor:

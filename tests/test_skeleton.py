@@ -1,5 +1,6 @@
 """Surgery on live models: what is computed because nobody loads it, and what must be left alone."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,21 @@ from torch import Tensor, nn
 
 from fp8stream import online
 from fp8stream.errors import CheckpointError
+from fp8stream.fused_experts import FP8Experts
+from fp8stream.linear import FP8Linear, is_linear
+from fp8stream.live import Part as Held
 from fp8stream.mapping import Part, find_places, model_tensors
-from fp8stream.skeleton import finish, give_storage, uncomputable
+from fp8stream.scheme import Granularity
+from fp8stream.skeleton import (
+    become_fp8,
+    find_weights,
+    finish,
+    give_storage,
+    hold_parts,
+    not_plain,
+    original_tensors,
+    uncomputable,
+)
 from tests.oracle import same
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -206,3 +220,192 @@ def test_what_cannot_be_computed_is_known_before_a_load() -> None:
     assert uncomputable(nn.Linear(2, 2)) == []
     with torch.device("meta"):
         assert uncomputable(on_meta(llava)) == []
+
+
+# What is replaced, and what is not
+
+
+def experts() -> nn.Module:
+    """A module of experts of transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = transformers.MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_local_experts=2, vocab_size=64
+    )
+    config._experts_implementation = "eager"
+    module: nn.Module = MixtralExperts(config).bfloat16()
+    return module
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32, dtype=torch.bfloat16)
+        self.experts = experts()
+
+
+def test_experts_and_layers_with_a_forward_of_their_own_are_left_alone() -> None:
+    net = Holder()
+    assert {weight.module for weight in find_weights(net)} == {"linear", "experts"}
+    for module in (net.linear, net.experts):
+        # accelerate leaves a module's own method on it when its hooks are removed.
+        module.forward = module.forward
+    assert {weight.module for weight in find_weights(net)} == {"linear", "experts"}
+    for module in (net.linear, net.experts):
+        module.forward = lambda *inputs: inputs[0]
+    assert find_weights(net) == []
+    assert not_plain(net) == {
+        "linear.weight": "its module has a forward of its own",
+        "experts.gate_up_proj": "MixtralExperts is no module of experts that is understood",
+        "experts.down_proj": "MixtralExperts is no module of experts that is understood",
+    }
+
+
+def test_a_replaced_module_runs_its_own_forward() -> None:
+    net = Holder()
+    for module in (net.linear, net.experts):
+        module.forward = module.forward
+    channel = dict.fromkeys(("linear", "experts"), Granularity.CHANNEL)
+    become_fp8(net, channel, {})
+    assert isinstance(net.linear, FP8Linear)
+    assert isinstance(net.experts, FP8Experts)
+    assert "forward" not in {**vars(net.linear), **vars(net.experts)}
+
+
+def test_every_hook_of_a_replaced_layer_is_kept_and_its_handle() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(128, 128, bias=False, dtype=torch.bfloat16)
+
+    net, calls = Net(), list[str]()
+    up: Any = net.up
+    handles = [
+        up.register_state_dict_pre_hook(lambda *_: calls.append("state before")),
+        up.register_state_dict_post_hook(lambda *_: calls.append("state after")),
+        up.register_load_state_dict_pre_hook(
+            lambda module, *_: calls.append(type(module).__name__)
+        ),
+        up.register_load_state_dict_post_hook(lambda module, _: calls.append(repr(module)[:9])),
+        up.register_full_backward_pre_hook(lambda *_: None),
+    ]
+    assert {key for key in vars(nn.Module()) if "hook" in key} >= {"_state_dict_hooks"}
+    before = {key: value for key, value in vars(up).items() if "hook" in key}
+    weight = random(128, 128)
+    online.load_into(net, {"up.weight": weight}, include=["up"], device="cpu")
+    del up
+    gc.collect()
+    assert isinstance(net.up, FP8Linear)
+    assert all(getattr(net.up, key) is value for key, value in before.items())
+    net.load_state_dict(net.state_dict())
+    assert calls == ["state before", "state after", "FP8Linear", "FP8Linear"]
+    with pytest.raises(RuntimeError, match="expected codes"):
+        net.load_state_dict({"up.weight": weight}, strict=False)
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    net.load_state_dict(net.state_dict())
+    assert calls == []
+
+
+def test_what_is_tied_is_one_tensor_when_it_is_spread() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(8, 4)
+            self.head = nn.Linear(4, 8, bias=False)
+            self.head.weight = self.embed.weight
+
+    net = Tied()
+    half = Held.cut((8, 4), 0, 0, 2)
+    hold_parts(net, {"embed.weight": half, "head.weight": half})
+    assert tuple(net.head.weight.shape) == (4, 4)
+    whole = original_tensors(net)
+    assert whole["embed.weight"] is whole["head.weight"]
+    assert tuple(whole["head.weight"].shape) == (8, 4)
+    assert not find_places(net, [("embed.weight", (8, 4))], None, whole).missing
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1).expand(6))
+        self.register_buffer("windows", torch.zeros(6).as_strided((2, 3), (1, 1)))
+
+
+def test_elements_that_share_memory_get_each_their_own() -> None:
+    tensors = {"bias": torch.arange(6.0), "windows": torch.arange(6.0).view(2, 3)}
+    net = on_meta(Expanded)
+    online.load_into(net, tensors, device="cpu", strict=False)
+    assert all(same(tensor.detach(), tensors[n]) for n, tensor in model_tensors(net).items())
+    with pytest.raises(CheckpointError, match=r"bias: its elements share memory.* clone\(\)"):
+        online.load_into(Expanded(), tensors, device="cpu")
+    shared = on_meta(Expanded)
+    shared.register_buffer("all", shared.bias.detach(), persistent=False)
+    with pytest.raises(CheckpointError, match="bias: its elements share memory"):
+        online.load_into(shared, tensors, device="cpu")
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_complex_numbers_that_nothing_comes_for_stay(persistent: bool) -> None:
+    net = nn.Module()
+    net.register_buffer("phases", torch.full((2,), 1 + 2j), persistent=persistent)
+    net.register_parameter("gain", nn.Parameter(torch.zeros(3)))
+    for source in ({"gain": torch.ones(3)}, [("gain", torch.ones(3))]):
+        online.load_into(net, iter(dict(source).items()), device="cpu")
+        online.load_into(net, source, device="cpu")
+    assert same(net.get_buffer("phases"), torch.full((2,), 1 + 2j))
+    with pytest.raises(CheckpointError, match=r"'phases': torch.complex64 is not a dtype"):
+        online.load_into(net, {"phases": torch.ones(2) + 1j, "gain": torch.ones(3)}, device="cpu")
+    empty = nn.Module()
+    empty.register_buffer("phases", torch.empty(2, 2, device="meta") + 1j, persistent=False)
+    assert online.load_into(empty, {}, strict=False, device="cpu").missing == ("phases",)
+    assert empty.get_buffer("phases").isnan().all()
+
+
+def test_one_predicate_says_what_a_linear_layer_is() -> None:
+    class Other(nn.Linear):
+        pass
+
+    assert is_linear(nn.Linear(2, 2))
+    assert not is_linear(Other(2, 2))
+    assert not is_linear(nn.Embedding(2, 2))
+    assert not is_linear(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert not is_linear(nn.utils.spectral_norm(nn.Linear(2, 2)))
+    assert is_linear(FP8Linear(2, 2)) is False
+
+
+def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
+    class Other(nn.Linear):
+        pass
+
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 8))
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1 = nn.Parameter(torch.zeros(2, 4, 8))
+            self.bias = nn.Parameter(torch.zeros(2, 4))
+
+    net = nn.ModuleDict(
+        {
+            "plain": nn.Linear(2, 2),
+            "other": Other(2, 2),
+            "turned": Conv1D(),
+            "stacked": Stacked(),
+            "conv": nn.Conv1d(2, 2, 3),
+            "table": nn.Embedding(4, 2),
+            "experts": experts(),
+        }
+    )
+    assert not_plain(net) == {
+        "other.weight": "Other is not nn.Linear itself",
+        "turned.weight": "a Conv1D lies transposed, [in, out]",
+        "stacked.w1": "Stacked is no module of experts that is understood",
+    }
+    become_fp8(net, dict.fromkeys(("plain", "experts"), Granularity.CHANNEL), {})
+    assert [*not_plain(net)] == ["other.weight", "turned.weight", "stacked.w1"]
