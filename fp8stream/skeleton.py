@@ -104,7 +104,7 @@ def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
     if describe_experts(module) is not None and runs_its_class(module):
         return
     for name, tensor in module._parameters.items():
-        if tensor is not None and tensor.ndim == 3 and tensor.is_floating_point():
+        if tensor is not None and tensor.ndim == 3 and min(tensor.shape) > 1:
             yield name, f"{kind} is no module of experts that is understood"
 
 

@@ -156,8 +156,9 @@ SLOW: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "WavLM": ("WavLMModel", SIDES, {"q_proj", "k_proj", "v_proj", "out_proj"}),
     **{
         name: (f"{name}ForCausalLM", SIDES, set[str]())
-        for name in ("Qwen2", "Qwen3", "Mistral", "Gemma2", "Phi3", "GptOss", "Cohere", "Olmo2")
+        for name in ("Qwen2", "Qwen3", "Mistral", "Gemma2", "GptOss", "Cohere", "Olmo2")
     },
+    "Phi3": ("Phi3ForCausalLM", {**SIDES, "pad_token_id": 0}, set()),
     "Qwen3Moe": ("Qwen3MoeForCausalLM", {**SIDES, "moe_intermediate_size": 64}, set()),
     "DeepseekV3": ("DeepseekV3ForCausalLM", {**SIDES, "first_k_dense_replace": 1}, set()),
     "Llama4Text": ("Llama4ForCausalLM", {**SIDES, "intermediate_size": 64}, set()),

@@ -390,6 +390,7 @@ def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
             super().__init__()
             self.w1 = nn.Parameter(torch.zeros(2, 4, 8))
             self.bias = nn.Parameter(torch.zeros(2, 4))
+            self.token = nn.Parameter(torch.zeros(1, 4, 8))
 
     net = nn.ModuleDict(
         {
