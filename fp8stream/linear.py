@@ -5,7 +5,7 @@ from the graph, as weights are no numbers to train.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ from fp8stream.matmul import (
 from fp8stream.scheme import Granularity
 
 _SIXTEEN_OR_MORE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the module is a linear layer and nothing more, so that FP8Linear can stand for it.
+
+    A subclass may do anything with its weight, and so may a forward of the instance's own.
+    """
+    weight = module._parameters.get("weight")
+    return type(module) is nn.Linear and weight is not None and runs_its_class(module)
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class, not one put on the instance."""
+    forward = vars(module).get("forward")
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return forward is None or (own and forward.__self__ is module)
 
 
 class Ranks(Protocol):
@@ -148,18 +164,15 @@ class FP8Linear(FP8Module):
 
     @classmethod
     def on_meta_like(
-        cls, linear: nn.Module, granularity: Granularity, quantize_activations: bool = True
+        cls, linear: nn.Linear, granularity: Granularity, quantize_activations: bool = True
     ) -> "FP8Linear":
-        """A layer for `linear` (nn.Linear, or transformers' Conv1D), its weight on meta.
+        """A layer for `linear`, its weight on meta.
 
         The bias is the same parameter, and may hold values. Hooks are not taken along.
         """
-        weight: Tensor = linear.weight  # type: ignore[assignment]
-        rows, columns = weight.shape
-        if type(linear).__name__ == "Conv1D":
-            rows, columns = columns, rows
+        rows, columns = linear.weight.shape
         new = cls(columns, rows, granularity, False, "meta", None, quantize_activations)
-        new.bias = linear.bias  # type: ignore[assignment]
+        new.bias = linear.bias
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:

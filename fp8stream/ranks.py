@@ -20,7 +20,7 @@ from torch.nn import functional
 from fp8stream.errors import SchemeError
 from fp8stream.fitting import Fit
 from fp8stream.fused_experts import ExpertsForm, FP8Experts, describe_experts
-from fp8stream.linear import FP8Linear
+from fp8stream.linear import FP8Linear, is_linear
 from fp8stream.live import Part
 from fp8stream.places import Matrix, Place
 from fp8stream.plan import LayerPlan
@@ -176,7 +176,7 @@ class _Spreading:
         style = self._styles.get(name, weight)
         if style is Style.WHOLE:
             return
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        if is_linear(module):
             self._linear(name, module, style)
         elif isinstance(module, nn.Embedding):
             self._embedding(name, module, style)

@@ -4,7 +4,10 @@ A skeleton lies on meta; storage is given once the modules are what they will be
 under several names stays one tensor, and what no checkpoint holds is computed as the model would.
 """
 
-from collections.abc import Iterator, Mapping
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,25 +18,18 @@ from fp8stream.conversions import wider
 from fp8stream.errors import CheckpointError, DeviceError
 from fp8stream.fitting import Weight
 from fp8stream.fused_experts import FP8Experts, describe_experts
-from fp8stream.linear import FP8Linear
+from fp8stream.linear import FP8Linear, is_linear, runs_its_class
 from fp8stream.live import Part
 from fp8stream.mapping import Placement, model_tensors
 from fp8stream.scheme import Granularity
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
+# What accelerate puts on a module instead of its forward belongs to its hooks.
+_LEFT = {"forward", "_old_forward", "_hf_hook"}
 
 
 def check_model(model: nn.Module) -> None:
     """Raises CheckpointError or DeviceError for a model that nothing can be loaded into."""
+    aliased = _aliased(model)
     for name, module in model.named_modules():
         if "_hf_hook" in vars(module):
             raise DeviceError(
@@ -45,20 +41,23 @@ def check_model(model: nn.Module) -> None:
                 raise CheckpointError(
                     f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
                 )
+            if _overlaps(tensor) and not _unsaved(module, leaf) and not _is_alone(tensor, aliased):
+                raise CheckpointError(
+                    f"{name}.{leaf}: its elements share memory, as after `expand`, and cannot be "
+                    "loaded each; give it storage of its own with clone(), then load"
+                )
 
 
 def find_weights(model: nn.Module) -> list[Weight]:
     """The weights of linear layers and experts that can be FP8, or are."""
     found: list[Weight] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        plain = type(module) is nn.Linear and "forward" not in vars(module)
-        if plain or isinstance(module, FP8Linear):
-            assert isinstance(module, nn.Linear | FP8Linear)
+        if is_linear(module) or isinstance(module, FP8Linear):
             shape = module.out_features, module.in_features
             found.append(Weight(name, "weight", "weight_scale", shape))
             continue
         form = module.form if isinstance(module, FP8Experts) else describe_experts(module)
-        if form is None:
+        if form is None or not (isinstance(module, FP8Experts) or runs_its_class(module)):
             continue
         for parameter, shape in zip(form.weights, form.shapes, strict=True):
             found.append(
@@ -76,6 +75,39 @@ def find_weights(model: nn.Module) -> list[Weight]:
     return found
 
 
+def not_plain(model: nn.Module) -> dict[str, str]:
+    """Weights of what looks like linear layers and experts but cannot be FP8, each with a reason.
+
+    They are 2-D weights of subclasses of nn.Linear, of linear layers that were changed, and of
+    transformers' Conv1D, and parameters [experts, ...] of modules that are not understood.
+    """
+    return {
+        f"{path}.{name}" if path else name: reason
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, reason in _not_plain(module)
+    }
+
+
+def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
+    kind = type(module).__name__
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim == 2:
+        if not runs_its_class(module):
+            if isinstance(module, nn.Linear):
+                yield "weight", "its module has a forward of its own"
+        elif kind == "Conv1D":
+            yield "weight", "a Conv1D lies transposed, [in, out]"
+        elif isinstance(module, nn.Linear) and not is_linear(module):
+            yield "weight", f"{kind} is not nn.Linear itself"
+    if isinstance(module, FP8Experts | nn.modules.conv._ConvNd):
+        return
+    if describe_experts(module) is not None and runs_its_class(module):
+        return
+    for name, tensor in module._parameters.items():
+        if tensor is not None and tensor.ndim == 3 and min(tensor.shape) > 1:
+            yield name, f"{kind} is no module of experts that is understood"
+
+
 def granularities_of(model: nn.Module) -> dict[str, Granularity]:
     """The granularity of each module that is FP8."""
     return {
@@ -87,10 +119,18 @@ def granularities_of(model: nn.Module) -> dict[str, Granularity]:
 
 def original_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The persistent tensors that the model has, or had: FP8 weights on meta, in their own shape,
-    and no scales; what is spread over ranks on meta, whole."""
+    and no scales; what is spread over ranks on meta, whole.
+
+    Without complex ones that have values: no checkpoint holds any, so they stay.
+    """
     tensors = model_tensors(model)
+    whole: dict[int, Tensor] = {}
     for name, part in parts_of(model).items():
-        tensors[name] = torch.empty(part.of, dtype=tensors[name].dtype, device="meta")
+        held = tensors[name]
+        bare = torch.empty(part.of, dtype=held.dtype, device="meta")
+        tensors[name] = whole.setdefault(id(held), bare)
+    for name in [n for n, t in tensors.items() if t.is_complex() and not t.is_meta]:
+        del tensors[name]
     tied: dict[int, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         at = f"{name}." if name else ""
@@ -160,7 +200,7 @@ def become_fp8(
             _replace(model, module, _fp8_like(module, granularity))
     for name, filled in ties.items():
         module, whole = (model.get_submodule(n.rpartition(".")[0]) for n in (name, filled))
-        if isinstance(whole, FP8Linear) and type(module) is nn.Linear:
+        if isinstance(whole, FP8Linear) and is_linear(module):
             new = _fp8_like(module, whole.granularity)
             new.weight, new.weight_scale = whole.weight, whole.weight_scale
             _replace(model, module, new)
@@ -168,14 +208,26 @@ def become_fp8(
 
 def _fp8_like(module: nn.Module, granularity: Granularity) -> nn.Module:
     """An FP8 module for `module`, with its hooks: the same ones, so that their handles hold."""
-    kind = FP8Linear if isinstance(module, nn.Linear) else FP8Experts
-    new = kind.on_meta_like(module, granularity)
-    for hooks in _HOOKS:
-        setattr(new, hooks, getattr(module, hooks))
+    new: nn.Module
+    if is_linear(module):
+        new = FP8Linear.on_meta_like(module, granularity)
+    else:
+        new = FP8Experts.on_meta_like(module, granularity)
+    for key in vars(nn.Module()):
+        if "hook" in key:
+            setattr(new, key, _rebound(getattr(module, key), new))
     for key, value in vars(module).items():
-        if key not in vars(new):
+        if key not in vars(new) and key not in _LEFT:
             setattr(new, key, value)
     return new
+
+
+def _rebound(hooks: Any, module: nn.Module) -> Any:
+    """The same hooks; those that know the module that they are of know `module` instead."""
+    for hook in hooks.values() if isinstance(hooks, dict) else ():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(module)
+    return hooks
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -186,9 +238,26 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(model.get_submodule(path), leaf, new)
 
 
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that they cannot be written one by one."""
+    if tensor.layout != torch.strided:
+        return False
+    sides = list(zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 1 + sum((side - 1) * abs(step) for side, step in sides)
+
+
+def _is_alone(tensor: Tensor, aliased: set[int]) -> bool:
+    """Whether it lies on meta and no other tensor sees the same storage."""
+    return tensor.is_meta and tensor.untyped_storage()._cdata not in aliased
+
+
 def storage(like: Tensor, device: torch.device) -> Tensor:
-    """Storage for a tensor on meta, of its shape, strides and dtype; its content is anything."""
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    """Storage for a tensor on meta, of its shape, strides and dtype; its content is anything.
+
+    Elements that share memory there have each their own here.
+    """
+    strides = torch.empty(like.shape, device="meta").stride() if _overlaps(like) else like.stride()
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=device)
 
 
 def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) -> None:
@@ -211,11 +280,13 @@ def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) ->
                     new = _view(tensor, bases, device)
                 else:
                     new = storage(_wide(tensor, model, f"{path}.{name}"), device)
-                if spoil:
+                if spoil and not _overlaps(new):
                     _spoil(new)
                 if isinstance(tensor, nn.Parameter):
                     grad = tensor.requires_grad and tensor.is_floating_point()
                     new = _parameter_like(tensor, new, grad)
+                if not _unsaved(module, name):
+                    _mark_empty(new)
                 given[id(tensor)] = new
             _put(module, name, given[id(tensor)])
 
@@ -251,7 +322,8 @@ def _spoil(tensor: Tensor) -> None:
     if tensor.dtype == torch.float8_e4m3fn:
         tensor.view(torch.uint8).fill_(0x7F)
     else:
-        tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+        has_nan = tensor.is_floating_point() or tensor.is_complex()
+        tensor.fill_(float("nan") if has_nan else 0)
 
 
 def _wide(tensor: Tensor, model: nn.Module, name: str) -> Tensor:
@@ -283,17 +355,38 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def finish(model: nn.Module, placement: Placement, device: torch.device) -> list[str]:
-    """Ties what is tied, and computes the buffers that no checkpoint holds.
+    """Ties what is tied, and has the model compute what no checkpoint holds: buffers that are not
+    saved, and what it says it can do without and nothing came for.
 
-    The names of those that nobody knows how to compute.
+    The names of what nobody knows how to compute. Of that, a buffer that is not saved is NaN, or
+    zeros where its dtype has no NaN. What had values before the load keeps them.
     """
     for name, filled in placement.ties.items():
         _tie(model, name, filled)
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in _waiting(model)
-        for name in _compute(model, module, device)
-    ]
+    partial = {*placement.optional} & {*placement.by_target}
+    absent = [n for n in placement.optional if n not in partial and _is_empty(_find(model, n))]
+    unsaved = _waiting(model)
+    made, unknown = _compute(model, [*unsaved, *absent])
+    for name, values in made.items():
+        _give(model, name, values, device)
+    for name in unknown & {*unsaved}:
+        _give(model, name, None, device)
+    for tensor in _tensors(model).values():
+        vars(tensor).pop(_EMPTY, None)
+    for name in unknown:
+        _mark_empty(_find(model, name))
+    return sorted(unknown | partial)
+
+
+def uncomputable(model: nn.Module) -> list[str]:
+    """The buffers on meta that no checkpoint holds and that the model does not compute either.
+
+    Nothing changes. What a load would say at its end can be said before it begins.
+    """
+    state = torch.get_rng_state()
+    _, unknown = _compute(model, _waiting(model))
+    torch.set_rng_state(state)
+    return sorted(unknown)
 
 
 def _tie(model: nn.Module, name: str, filled: str) -> None:
@@ -305,38 +398,161 @@ def _tie(model: nn.Module, name: str, filled: str) -> None:
         module._parameters[leaf] = tensor
 
 
-def _waiting(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules with buffers that are not saved and lie on meta still."""
+# Storage that nothing was written to is known by its version: whatever is written makes another.
+_EMPTY = "_fp8stream_empty"
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _mark_empty(tensor: Tensor) -> None:
+    setattr(tensor, _EMPTY, _version(tensor))
+
+
+def _is_empty(tensor: Tensor) -> bool:
+    return getattr(tensor, _EMPTY, None) == _version(tensor)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under one of its names, saved or not."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules()
+        for name, tensor in _own(module)
+    }
+
+
+def _find(model: nn.Module, name: str) -> Tensor:
+    module, leaf = _owner(model, name)
+    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    assert tensor is not None
+    return tensor
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _waiting(model: nn.Module) -> list[str]:
+    """Buffers that are not saved, and have no values; those that see what is saved have."""
+    aliased = _aliased(model)
     return [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(
-            tensor is not None and tensor.is_meta and key in module._non_persistent_buffers_set
-            for key, tensor in module._buffers.items()
-        )
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, tensor in _own(module)
+        if _unsaved(module, name)
+        and (tensor.is_meta or _is_empty(tensor))
+        and not (tensor.is_meta and tensor.untyped_storage()._cdata in aliased)
     ]
 
 
-def _compute(model: nn.Module, module: nn.Module, device: torch.device) -> list[str]:
-    """Has the model compute the buffers of one of its modules: the names of those that it cannot.
+def _give(model: nn.Module, name: str, values: Tensor | None, device: torch.device) -> None:
+    """Puts `values` where the tensor of that name is or will be; NaN where there are none."""
+    old = _find(model, name)
+    if not old.is_meta:
+        if values is not None:
+            old.detach().copy_(values)
+        return
+    new = storage(old if values is None else values, device)
+    if values is None:
+        _spoil(new)
+    else:
+        new.copy_(values)
+    for other in model.modules():
+        for key, tensor in _own(other):
+            if tensor is old:
+                _put(other, key, new)
+
+
+def _compute(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """Values on the host, as the model's own initialization has them, for tensors of `names`; and
+    the names of those that it leaves alone.
 
     Twice, over different content: what differs afterwards is what nobody wrote.
     """
-    names = [n for n, t in _own(module) if t.is_meta and _unsaved(module, n)]
-    initialize = getattr(model, "_init_weights", None)
-    if initialize is None:
-        return names
-    for tensor in (*module.parameters(), *module.buffers()):
-        # This is how transformers knows what is loaded.
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    for name in names:
-        buffer = module._buffers[name]
-        assert buffer is not None
-        module._buffers[name] = storage(buffer, device)
-    made: list[list[Tensor]] = []
+    wanted = {name: _owner(model, name) for name in names}
+    if not wanted:
+        return {}, set()
+    state = torch.get_rng_state()
+    rounds: list[dict[str, Tensor]] = []
     for value in (0, 1):
-        for name in names:
-            module.get_buffer(name).fill_(value)
-        initialize(module)
-        made.append([module.get_buffer(name).clone() for name in names])
-    return [n for n, one, two in zip(names, *made, strict=True) if not torch.equal(one, two)]
+        # What is random is the same both times.
+        torch.set_rng_state(state)
+        beside = _standing_in(model, {id(_find(model, name)) for name in wanted}, value)
+        with torch.no_grad(), torch.device("cpu"), beside:
+            _initialize(model, wanted)
+            rounds.append({name: _find(model, name).detach() for name in wanted})
+    one, two = rounds
+    made = {n: t for n, t in one.items() if not two[n].is_meta and _alike(t, two[n])}
+    return made, {*wanted} - {*made}
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and not one.is_meta and torch.equal(one, two)
+
+
+@contextmanager
+def _standing_in(model: nn.Module, wanted: set[int], value: int) -> Iterator[None]:
+    """Puts others in the places of all tensors: those to compute on the host and full of `value`,
+    and all others on meta, so that what is loaded cannot be written to."""
+    stand_ins: dict[int, Tensor] = {}
+    before = [(module, dict(_own(module))) for module in model.modules()]
+    for module, own in before:
+        for name, tensor in own.items():
+            if id(tensor) not in stand_ins:
+                stand_ins[id(tensor)] = _stand_in(tensor, value if id(tensor) in wanted else None)
+            _put(module, name, stand_ins[id(tensor)])
+    try:
+        yield
+    finally:
+        for module, own in before:
+            for name, tensor in own.items():
+                _put(module, name, tensor)
+
+
+def _stand_in(tensor: Tensor, value: int | None) -> Tensor:
+    new = storage(tensor.detach(), torch.device("meta" if value is None else "cpu"))
+    if value is not None:
+        new.fill_(value)
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=False)
+    # This is how transformers knows what is loaded.
+    new._is_hf_initialized = value is None  # type: ignore[attr-defined]
+    return new
+
+
+def _initialize(model: nn.Module, wanted: Mapping[str, tuple[nn.Module, str]]) -> None:
+    """Initializes the modules of what is wanted, and those around them, as transformers would."""
+    touched: set[int] = set()
+    for name in wanted:
+        path = name.split(".")[:-1]
+        touched |= {id(model.get_submodule(".".join(path[:n]))) for n in range(len(path) + 1)}
+    for model_of_it, module in _from_below(model, None, touched):
+        try:
+            model_of_it._init_weights(module)
+        except Exception:
+            # Whatever it was: what is not computed for it will be named.
+            continue
+
+
+def _from_below(
+    module: nn.Module, model_of_it: Any, touched: set[int]
+) -> Iterator[tuple[Any, nn.Module]]:
+    """Modules after their children, each with the innermost model around it that initializes."""
+    if id(module) not in touched:
+        return
+    if _initializes(module, model_of_it):
+        model_of_it = module
+    for child in module.children():
+        yield from _from_below(child, model_of_it, touched)
+    if model_of_it is not None:
+        yield model_of_it, module
+
+
+def _initializes(module: nn.Module, around: Any) -> bool:
+    """Whether the module initializes what is in it; inside a model of any library only one of
+    transformers does."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    return isinstance(module, base) or (around is None and hasattr(module, "_init_weights"))

@@ -23,6 +23,7 @@ HOUSE = [
     "findings",
     "stream",
     "work",
+    "reads",
     "skeleton",
     "waiting",
     "fitting",

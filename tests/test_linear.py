@@ -309,12 +309,6 @@ def test_a_layer_like_another_has_its_bias_and_no_storage() -> None:
     ] * 3
 
 
-def test_a_conv1d_is_a_linear_layer_that_lies_transposed() -> None:
-    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
-    made = FP8Linear.on_meta_like(pytorch_utils.Conv1D(96, 32), Granularity.CHANNEL)
-    assert tuple(made.weight.shape) == (96, 32)
-
-
 def test_a_layer_says_what_it_is() -> None:
     made = layer(32, 16, Granularity.BLOCK, bias=False, quantize_activations=False)
     assert repr(made) == (
