@@ -133,8 +133,9 @@ class Fitting:
 
     If modules are FP8 already, `fixed` says which and how, and no other will be. `coded` are those
     tensors that are FP8 already. A weight that does not come whole, or is tied to what cannot be
-    FP8, stays as it is, and so does one that is `held_back`, for the reason that is given. Each of
-    `together` names modules that change at once besides those that must.
+    FP8, stays as it is, and so does one that is `held_back`, for the reason that is given; `others`
+    are tensors of modules that cannot be FP8, and why. Each of `together` names modules that change
+    at once besides those that must.
     """
 
     plan: Decisions
@@ -144,6 +145,7 @@ class Fitting:
     fixed: Mapping[str, Granularity] | None = None
     coded: Mapping[str, Coded] = field(default_factory=dict)
     held_back: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
     together: Iterable[frozenset[str]] = ()
 
     def __post_init__(self) -> None:
@@ -167,6 +169,7 @@ class Fitting:
             if rest := [place for place in goes if place.target not in narrow]:
                 layers.keep(tensor, rest)
                 copied[tensor.spec.name] = rest
+        self._warn_of_others(copied)
         self._warn_of_numbers([name for name in copied if name in self.coded])
         units = _Joined(self.together)
         made = layers.layers(units, copied, self._composed())
@@ -258,10 +261,23 @@ class Fitting:
         alike = [(one, shared[one.weight.module]) for one in ready]
         return [one._replace(granularity=granularity) for one, granularity in alike if granularity]
 
+    def _warn_of_others(self, copied: Mapping[str, Sequence[Place]]) -> None:
+        """Of what would be quantized, if only its module were another."""
+        targets = {p.target for name, of in copied.items() if name in self.chosen for p in of}
+        why: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(targets & self.others.keys()):
+            why[self.others[name]].append(name)
+        for reason, names in why.items():
+            self._warnings.append(f"{_some(names)}: not quantized, {reason}")
+
     def _warn_of_numbers(self, names: Sequence[str]) -> None:
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            self._warnings.append(f"{', '.join(names[:3])}{more}: from FP8 codes back to numbers")
+            self._warnings.append(f"{_some(names)}: from FP8 codes back to numbers")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def module_of(target: str) -> str:

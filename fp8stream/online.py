@@ -25,7 +25,6 @@ from fp8stream.errors import (
     WeightError,
 )
 from fp8stream.experts import ExpertForm, ExpertOptions
-from fp8stream.filled import Missing
 from fp8stream.fitting import Fit, module_of
 from fp8stream.fp8 import is_finite
 from fp8stream.live import Held, ModelSink, Part
@@ -34,6 +33,7 @@ from fp8stream.memory import PeakMeter, parse_size
 from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
 from fp8stream.ranks import Group, Spread, spread, trimmed
+from fp8stream.reads import read_by_parents
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
     become_fp8,
@@ -42,9 +42,11 @@ from fp8stream.skeleton import (
     finish,
     give_storage,
     granularities_of,
+    not_plain,
     original_tensors,
     parts_of,
     stored_tensors,
+    uncomputable,
 )
 from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source
 from fp8stream.stream import LayerDone
@@ -182,9 +184,11 @@ def _load(
     check_model(model)
     _check_recipe(model, recipe)
     coming = open_source(model, source, recipe.request)
-    fitted = coming.fit(model, granularities_of(model) or None)
-    if coming.is_known:
-        _require(coming.placement.missing, how.strict)
+    fixed = granularities_of(model) or None
+    fitted = coming.fit(model, fixed, read_by_parents(model), not_plain(model))
+    if how.strict:
+        gaps = coming.placement.missing if coming.is_known else ()
+        _require([*map(str, gaps), *uncomputable(model)])
     if check is not None:
         check(fitted)
     units = tuple(frozenset(map(module_of, names)) for names in fitted.tensors.values())
@@ -201,8 +205,8 @@ def _load(
         read -= sink.passed_over
         missing = [*coming.missing(), *finish(model, coming.placement, how.device)]
         meter.sample()
-    if missing and how.strict:
-        raise CheckpointError(_not_all(missing))
+    if how.strict:
+        _require(missing)
     loaded = coming.placement.filled - {gap.partition("[")[0] for gap in missing}
     object.__setattr__(model, _RECIPE, replace(recipe, whole=True, loaded=loaded, units=units))
     if coming.placement.conversions:
@@ -256,9 +260,7 @@ def reload(
     stale = {fitted.unit(name) for name in lacking}
     if strict and coming.is_known and stale & fitted.tensors.keys():
         lost = {n for n in lacking if fitted.unit(n) in fitted.tensors}
-        raise CheckpointError(
-            _not_all([str(gap) for gap in coming.placement.missing if gap.target in lost])
-        )
+        _require([str(gap) for gap in coming.placement.missing if gap.target in lost])
     fitted = trimmed(fitted.without(stale), parts_of(model))
     sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, fitted.unit)
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
@@ -267,7 +269,7 @@ def reload(
             read = coming.stream(course) - sink.passed_over
             begun = {fitted.unit(name) for name in coming.came()} & fitted.tensors.keys()
             if strict and begun - sink.changed:
-                raise CheckpointError(_not_all(coming.missing()))
+                _require(coming.missing())
         except Exception as error:
             raise _stopped(error, fitted, sink.changed) from error
         if where.type == "cuda":
@@ -372,10 +374,10 @@ def _bare(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _require(missing: Sequence[Missing], strict: bool) -> None:
-    """Raises CheckpointError if a source that is known is not all of the model."""
-    if strict and missing:
-        raise CheckpointError(_not_all([str(gap) for gap in missing]))
+def _require(missing: Sequence[str]) -> None:
+    """Raises CheckpointError if something is `missing`."""
+    if missing:
+        raise CheckpointError(_not_all(missing))
 
 
 def _not_all(missing: Sequence[str]) -> str:

@@ -140,11 +140,12 @@ class Incoming:
         model: nn.Module,
         fixed: Mapping[str, Granularity] | None = None,
         held_back: Mapping[str, str] | None = None,
+        others: Mapping[str, str] | None = None,
         together: Iterable[frozenset[str]] = (),
     ) -> Fit:
         """How the source fits the model: its FP8 modules, or what will be that.
 
-        `fixed`, `held_back` and `together` are those of `Fitting`, and so is what is raised.
+        The rest are those of `Fitting`, and so is what is raised.
         """
         chosen = granularities(self.decided, self._request.experts and not self.coded)
         chosen |= {
@@ -160,6 +161,7 @@ class Incoming:
             fixed,
             self.coded,
             held_back or {},
+            others or {},
             together,
         ).fit()
 
