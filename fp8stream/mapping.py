@@ -1,7 +1,8 @@
 """Where every element of a checkpoint goes in a model, and under which names it would be saved.
 
-The user's mapping says it first, then transformers' own conversion mapping, then equal names. What
-is tied needs to come once, and whatever does not come is named.
+The user's mapping says it first, then transformers' own conversion mapping, then equal names, and
+last those that engines have for the matrices of one expert. What is tied needs to come once, and
+whatever does not come is named.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fp8stream.conversions import Library, Saved, as_it_is, convert_in, convert_out, either
 from fp8stream.errors import CheckpointError, SchemeError
 from fp8stream.filled import Composed, Findings, Missing, gaps
+from fp8stream.fused_experts import ExpertsForm, experts_of
 from fp8stream.places import Place, Region, Shape, cut, region_text, whole
 
 IndexItem = int | slice | str
@@ -120,7 +122,7 @@ def find_places(
     wanted = model_tensors(model) if targets is None else targets
     shapes = _unique(tensors)
     rules = [_Rule(key, rule) for key, rule in (mapping or {}).items()]
-    found = Findings({name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    found = _Search(model, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
     rest = [name for name in shapes if not _follow(found, rules, name, shapes[name])]
     library = Library.of(model)
     if library is None:
@@ -176,6 +178,57 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found[at + name] = tensor
     return found
+
+
+_EXPERT = re.compile(r"(?:(.+)\.)?(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+class _Search(Findings):
+    """Findings that know the matrices of one expert, where the model has all experts in one tensor.
+
+    Engines call them so whatever the architecture, and transformers does not know of it where its
+    own checkpoints are fused.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Shape]) -> None:
+        super().__init__(targets)
+        self._model = model
+
+    @cached_property
+    def _experts(self) -> Mapping[str, ExpertsForm]:
+        return experts_of(self._model)
+
+    def same(self, name: str, target: str, shape: Shape) -> None:
+        """Places all of `name` in `target`, or, if there is none, where that is part of."""
+        part = None if target in self.targets else self._part(target)
+        if part is None:
+            super().same(name, target, shape)
+            return
+        try:
+            self.places += _placed(name, shape, part, self.targets[part.target])
+        except ValueError as error:
+            self.problems.append(f"{name} for {part.target}: {error}")
+
+    def _part(self, target: str) -> Part | None:
+        """Where the matrix of one expert goes; None for any other tensor."""
+        match = _EXPERT.fullmatch(target)
+        if match is None:
+            return None
+        module = next((m for m in self._modules(match[1] or "") if m in self._experts), None)
+        if module is None:
+            return None
+        form = self._experts[module]
+        taken = form.taken(int(match[2]), match[3])
+        if taken is None:
+            return None
+        parameter, index = taken
+        name = f"{module}.{parameter}" if module else parameter
+        return Part(name, index, transpose=form.transposed)
+
+    def _modules(self, name: str) -> tuple[str, ...]:
+        """What a module may be called here: checkpoints come of models with a head and without."""
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        return name, f"{prefix}{name}", name.removeprefix(prefix)
 
 
 class _Rule:
