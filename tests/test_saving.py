@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fp8stream import cli
 from fp8stream.errors import SchemeError
@@ -179,4 +181,85 @@ def test_experts_one_by_one_are_loaded_as_fused_ones(
 def test_what_is_not_fp8_is_not_saved_as_such(tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match="nothing of the model is FP8"):
         save(nn.Linear(4, 4), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_no_engine_loads_are_refused_and_saved_if_they_were_kept(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    source = source_of("gpt_oss")
+    with pytest.raises(SchemeError) as refusal:
+        save(live("gpt_oss", source), tmp_path / "no")
+    assert str(refusal.value) == (
+        "save: model.layers.0.mlp.experts.down_proj is FP8 in the model, and in a checkpoint it "
+        'cannot be: no engine loads these experts in FP8; load the model with experts="keep"'
+    )
+    assert not (tmp_path / "no").exists()
+    model = live("gpt_oss", source, experts="keep")
+    save(model, tmp_path / "saved")
+    assert cli.main(["quantize", str(source), str(tmp_path / "converted"), "-q"]) == 0
+    assert_same(contents(tmp_path / "saved"), contents(tmp_path / "converted"))
+    assert_same(stored_tensors(live("gpt_oss", tmp_path / "saved")), stored_tensors(model))
+
+
+class Fresh(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The sizes in bytes of all that is made anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+        new = [t for t in tree_leaves(made) if isinstance(t, Tensor) and not t.is_meta]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}
+        self.sizes += [size for pointer, size in sizes.items() if pointer not in old]
+        return made
+
+
+@pytest.mark.parametrize("experts", ["auto", "keep"])
+@schemes
+def test_experts_are_moved_once_not_once_for_each_of_their_matrices(
+    tmp_path: Path,
+    source_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    experts: str,
+    scheme: str,
+) -> None:
+    """On a CPU that copies what is moved to it, as a GPU would."""
+    model = live("mixtral", source_of("mixtral"), scheme=scheme, experts=experts)
+    stacked = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").nbytes
+    held = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
+    with Fresh() as fresh:
+        save(model, tmp_path / "saved")
+    assert max(fresh.sizes) < stacked
+    # Picked, moved, and put together: with the numbers of rows three times the model or so.
+    assert sum(fresh.sizes) < 5 * held
+
+
+def test_what_torch_wrapped_is_saved_as_what_it_wraps(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model = live("llama", source_of("llama"))
+    save(model, tmp_path / "bare")
+    compiled: Any = torch.compile(model, backend="eager")
+    for number, wrapped in enumerate((compiled, nn.DataParallel(model), nn.DataParallel(compiled))):
+        save(wrapped, tmp_path / str(number))
+        assert_same(contents(tmp_path / str(number)), contents(tmp_path / "bare"))
+    model.compile(backend="eager")
+    save(model, tmp_path / "in place")
+    assert_same(contents(tmp_path / "in place"), contents(tmp_path / "bare"))
+
+
+def test_a_part_that_was_compiled_by_itself_is_refused(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model: Any = live("llama", source_of("llama"))
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with pytest.raises(
+        SchemeError, match=r"save: model\.layers\.1 is wrapped in a OptimizedModule"
+    ):
+        save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
