@@ -217,7 +217,7 @@ def _rows(weight: WeightPlan, saved: Saved, place: Place, held: Weight) -> _Rows
     """The rows of `weight` that lie in `place`, by the first element of each."""
     at = torch.arange(weight.shape[0], device="cpu")
     flat = weight.source.first + at * weight.source.row_step
-    inside = torch.ones(len(at), dtype=torch.bool)
+    inside = torch.ones_like(at, dtype=torch.bool)
     element = torch.full_like(flat, place.first)
     for step, part, stride in zip(strides(saved.shape), place.region, place.steps, strict=True):
         index = flat // step

@@ -3,7 +3,7 @@
 import copy
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -354,7 +354,9 @@ CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
 classes = pytest.mark.parametrize("name", list(CLASSES))
 
 
-def original(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def original(
+    name: str, dtype: torch.dtype = torch.float32, hidden: int = HIDDEN, inner: int = INNER
+) -> nn.Module:
     """The real class, random, its own forward and none of transformers' faster ones."""
     pytest.importorskip("transformers")
     at, config_class, options = CLASSES[name]
@@ -364,7 +366,7 @@ def original(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         configuration = importlib.import_module(f"{package}.configuration_{at}")
     except ImportError:
         pytest.skip(f"this transformers has no {at}")
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_local_experts": EXPERTS}
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_local_experts": EXPERTS}
     config = getattr(configuration, config_class)(**sizes | options)
     # DeepSeek's name for it is n_routed_experts, to which an attribute map leads.
     for key in ("n_routed_experts", "num_experts"):
@@ -734,6 +736,61 @@ def test_operands_of_rows_are_as_the_kernel_wants_them(
     assert relative(found.float(), module(x)) < 1e-6 + torch.finfo(dtype).eps / 2
 
 
+@pytest.fixture
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """The default dtype, for one test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default_dtype", [*DTYPES, torch.float64], indirect=True)
+def test_a_kernel_is_tried_in_float32_whatever_the_default(default_dtype: torch.dtype) -> None:
+    device = torch.device("cpu")
+    operands = quantize_activations(torch.ones(1, 128), Granularity.CHANNEL)
+    try:
+        matmul._scaled_rows(*operands, *operands, torch.float32)
+    except NotImplementedError:
+        pytest.skip("this torch has no such kernel for the CPU")
+    assert matmul._is_right(device, False, torch.bfloat16)
+    assert not matmul._is_right(device, True, torch.bfloat16)
+
+
+@granularities
+def test_a_default_device_changes_no_product(granularity: Granularity) -> None:
+    module = layer(300, 40, granularity)
+    experts = converted(original("GptOssExperts"), granularity)
+    x, given = random(3, 300), inputs(dense=False)
+    wanted = module(x), experts(*given), module.dequantize()
+    with torch.device("meta"):
+        found = module(x), experts(*given), module.dequantize()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_kernel_gets_rows_that_lie_one_after_the_other(
+    block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of gate, where they lie in turns with those of up."""
+    seen: list[torch.Tensor] = []
+
+    def kernel(*operands: Any, **more: Any) -> torch.Tensor:
+        seen.extend(o for o in (*operands, *more.values()) if isinstance(o, torch.Tensor))
+        return torch.zeros(4, 256)
+
+    monkeypatch.setattr(torch, "_scaled_mm", kernel)
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", kernel, raising=False)
+    granularity = Granularity.BLOCK if block else Granularity.CHANNEL
+    x, x_scale = quantize_activations(random(4, 512), granularity)
+    weight, scale = quantize_weight(random(512, 512), granularity)
+    scaled = matmul._scaled_blocks if block else matmul._scaled_rows
+    scaled(x, x_scale, weight[::2], scale[::2], torch.float32)
+    assert [t.shape for t in seen if t.dtype == weight.dtype] == [(4, 512), (512, 256)]
+    assert all(t.is_contiguous() or t.T.is_contiguous() for t in seen)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 4, 64])
 @pytest.mark.parametrize("columns", [128, 512, 640])
 def test_operands_of_blocks_are_as_the_kernel_wants_them(tokens: int, columns: int) -> None:
@@ -798,6 +855,17 @@ def test_the_gpu_gives_what_the_cpu_gives(granularity: Granularity) -> None:
     wanted = experts(*given)
     experts.cuda()
     assert relative(experts(*(t.cuda() for t in given)).cpu(), wanted) < 2e-2
+
+
+@on_gpu
+def test_blocks_that_alternate_go_through_the_kernel_as_on_the_cpu() -> None:
+    made = converted(original("GptOssExperts", hidden=256, inner=256), Granularity.BLOCK)
+    x, *routed = inputs(dense=False)
+    given = (random(len(x), 256, seed=9), *routed)
+    wanted = made(*given)
+    made.cuda()
+    cuda = [t.cuda().bfloat16() if t.is_floating_point() else t.cuda() for t in given]
+    assert relative(made(*cuda).float().cpu(), wanted) < 3e-2
 
 
 @on_gpu

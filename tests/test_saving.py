@@ -263,3 +263,18 @@ def test_a_part_that_was_compiled_by_itself_is_refused(
     ):
         save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_default_device_and_dtype_change_nothing(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model = live("mixtral", source_of("mixtral"), scheme="block")
+    save(model, tmp_path / "bare")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            save(model, tmp_path / "other")
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(contents(tmp_path / "other"), contents(tmp_path / "bare"))
