@@ -180,7 +180,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-_EXPERT = re.compile(r"(?:(.+)\.)?(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_EXPERT = re.compile(r"(?:.+\.)?(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 class _Search(Findings):
@@ -200,7 +200,7 @@ class _Search(Findings):
 
     def same(self, name: str, target: str, shape: Shape) -> None:
         """Places all of `name` in `target`, or, if there is none, where that is part of."""
-        part = None if target in self.targets else self._part(target)
+        part = None if target in self.targets else self._part(name, target)
         if part is None:
             super().same(name, target, shape)
             return
@@ -209,21 +209,26 @@ class _Search(Findings):
         except ValueError as error:
             self.problems.append(f"{name} for {part.target}: {error}")
 
-    def _part(self, target: str) -> Part | None:
-        """Where the matrix of one expert goes; None for any other tensor."""
-        match = _EXPERT.fullmatch(target)
+    def _part(self, name: str, target: str) -> Part | None:
+        """Where the matrix of one expert goes; None for any other tensor.
+
+        `target` says which module is meant, but transformers may have renamed the matrix after
+        those of a dense layer, so that is told by `name`.
+        """
+        match = _EXPERT.fullmatch(name)
         if match is None:
             return None
-        module = next((m for m in self._modules(match[1] or "") if m in self._experts), None)
+        called = self._modules(".".join(target.split(".")[:-3]))
+        module = next((module for module in called if module in self._experts), None)
         if module is None:
             return None
         form = self._experts[module]
-        taken = form.taken(int(match[2]), match[3])
+        taken = form.taken(int(match[1]), match[2])
         if taken is None:
             return None
         parameter, index = taken
-        name = f"{module}.{parameter}" if module else parameter
-        return Part(name, index, transpose=form.transposed)
+        filled = f"{module}.{parameter}" if module else parameter
+        return Part(filled, index, transpose=form.transposed)
 
     def _modules(self, name: str) -> tuple[str, ...]:
         """What a module may be called here: checkpoints come of models with a head and without."""

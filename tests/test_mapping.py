@@ -375,6 +375,23 @@ def test_experts_one_by_one_go_into_the_tensor_that_the_model_has(kind: str) -> 
     assert {gap.region[0] for gap in gaps} == {range(2, 3)}
 
 
+def test_experts_one_by_one_are_not_taken_for_a_dense_layer() -> None:
+    """MiniMax-M3's own conversion makes `gate_up_proj` of every `gate_proj` and `up_proj`."""
+    text = {**EXPERTS, "num_local_experts": 4}
+    config = transformers.AutoConfig.for_model("minimax_m3_vl", text_config=text)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    saved = {name: shape for name, shape in names_of(model).items() if ".experts." not in name}
+    at = "language_model.model.layers.0.block_sparse_moe.experts"
+    halves = [
+        (f"{at}.{n}.{part}.weight", (48, 32)) for n in range(4) for part in ("gate_proj", "up_proj")
+    ]
+    found = find_places(model, [*saved.items(), *halves])
+    assert not found.unexpected
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in found.by_target
+    assert all("layers.0.mlp.experts.gate_up" not in gap.target for gap in found.missing)
+
+
 def test_experts_one_by_one_where_there_are_none_such() -> None:
     model = tiny("llama4_text")
     names = {n: tuple(t.shape) for n, t in apart(model_tensors(model), True, False).items()}
