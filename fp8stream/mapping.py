@@ -135,15 +135,18 @@ def find_places(
     found.check_shapes()
     ties = _ties(model, wanted)
     places, duplicates = _once(found, ties)
-    missing = found.missing(places, ties)
-    needed = _needed(model, missing)
+    dispensable = _dispensable(model)
+    missing: list[Missing] = []
+    optional: list[Missing] = []
+    for gap in found.missing(places, ties):
+        (optional if dispensable(gap.target) else missing).append(gap)
     return Placement(
         places=tuple(places),
         composed=tuple(found.composed),
         ties=ties,
         duplicates=tuple(duplicates),
-        missing=tuple(needed),
-        optional=tuple(dict.fromkeys(gap.target for gap in missing if gap not in needed)),
+        missing=tuple(missing),
+        optional=tuple(dict.fromkeys(gap.target for gap in optional)),
         unexpected=tuple(found.unexpected),
         ignored=tuple(found.ignored),
         stranded=tuple(found.stranded),
@@ -385,10 +388,10 @@ def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _needed(model: nn.Module, missing: Sequence[Missing]) -> list[Missing]:
-    """Without what the model says it can do without."""
+def _dispensable(model: nn.Module) -> Callable[[str], bool]:
+    """Whether the model says that it can do without the tensor of a name."""
     optional = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    return [gap for gap in missing if optional is None or not optional.search(gap.target)]
+    return lambda name: bool(optional and optional.search(name))
 
 
 def _kept(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
