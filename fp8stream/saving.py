@@ -192,16 +192,35 @@ def _config(model: nn.Module) -> dict[str, object]:
 def _write_weight(writer: CheckpointWriter, weight: WeightPlan, stored: _Stored) -> None:
     """Codes and scales of one planned weight, from wherever its rows lie in the model."""
     rows, columns = weight.shape
-    grid = weight.granularity.scale_shape(weight.shape)
+    width = weight.granularity.scale_shape(weight.shape)[-1]
     codes = torch.empty((rows, columns), dtype=torch.uint8, device="cpu")
-    scales = torch.empty(grid, dtype=torch.float32, device="cpu")
+    scales = torch.empty((rows, width), dtype=torch.float32, device="cpu")
     saved = stored.saved[weight.spec.name]
     for place in saved.places:
-        lies = _rows(weight, saved, place, stored.weights[place.source])
+        held = stored.weights[place.source]
+        lies = _rows(weight, saved, place, held)
         if len(lies.at):
-            _take(codes, scales, lies, stored, stored.weights[place.source], weight.granularity)
+            codes[lies.at] = _codes(stored, held, lies)
+            scales[lies.at] = _scales(stored, held, lies, weight.granularity)
     _write(writer, weight.codes.name, weight, codes, scale=False)
-    _write(writer, weight.scales.name, weight, scales, scale=True)
+    _write(writer, weight.scales.name, weight, _of_groups(weight, scales), scale=True)
+
+
+def _of_groups(weight: WeightPlan, scales: Tensor) -> Tensor:
+    """The scales that the rows of each group share, of `scales` for every row.
+
+    Raises SchemeError where they differ: a checkpoint may hold in one weight what is several here.
+    """
+    rows = weight.shape[0]
+    step = rows if weight.granularity is Granularity.TENSOR else weight.granularity.row_multiple
+    first = scales[::step].contiguous()
+    each = first.repeat_interleave(step, 0)[:rows]
+    if not torch.equal(each.view(torch.int32), scales.view(torch.int32)):
+        raise SchemeError(
+            f"save: {weight.name}: rows that have scales of their own in the model would share one "
+            f'in a checkpoint; load the model with scheme="{Granularity.CHANNEL.value}"'
+        )
+    return first.view(weight.granularity.scale_shape(weight.shape))
 
 
 @dataclass(frozen=True)
@@ -233,33 +252,25 @@ def _rows(weight: WeightPlan, saved: Saved, place: Place, held: Weight) -> _Rows
     return _Rows(at, matrix, row)
 
 
-def _take(
-    codes: Tensor,
-    scales: Tensor,
-    lies: _Rows,
-    stored: _Stored,
-    held: Weight,
-    granularity: Granularity,
-) -> None:
-    """Gathers rows of codes, and the scales that belong to them: where they lie, then moved."""
-    rows, columns = held.shape
-    own = stored.tensors[held.target].detach().view(torch.uint8).view(-1, rows, columns)
-    codes[lies.at] = _picked(own, lies.matrix, lies.row)
-    own_scales = stored.tensors[held.scales(granularity).name].detach()
+def _codes(stored: _Stored, held: Weight, lies: _Rows) -> Tensor:
+    own = stored.tensors[held.target].detach().view(torch.uint8)
+    return _picked(own.view(-1, *held.shape), lies.matrix, lies.row)
+
+
+def _scales(stored: _Stored, held: Weight, lies: _Rows, granularity: Granularity) -> Tensor:
+    """The scales [rows, columns] of every row."""
+    own = stored.tensors[held.scales(granularity).name].detach()
+    own = own.view(max(1, held.experts), -1, own.shape[-1])
     if granularity is Granularity.TENSOR:
-        scales[0] = own_scales.view(-1)[lies.matrix[0]].cpu()
-        return
-    own_scales = own_scales.view(max(1, held.experts), -1, own_scales.shape[-1])
+        return _picked(own, lies.matrix, torch.zeros_like(lies.row))
     if granularity is Granularity.CHANNEL:
-        scales[lies.at] = _picked(own_scales, lies.matrix, lies.row)
-        return
-    first = lies.at % BLOCK == 0
-    each = rows // held.parts
+        return _picked(own, lies.matrix, lies.row)
+    each = held.shape[0] // held.parts
     part = lies.row % held.parts if held.interleaved else lies.row // each
     within = (lies.row // held.parts if held.interleaved else lies.row % each) // BLOCK
-    height = own_scales.shape[1] // held.parts
+    height = own.shape[1] // held.parts
     at = within * held.parts + part if held.interleaved else part * height + within
-    scales[lies.at[first] // BLOCK] = _picked(own_scales, lies.matrix[first], at[first])
+    return _picked(own, lies.matrix, at)
 
 
 def _picked(matrices: Tensor, matrix: Tensor, row: Tensor) -> Tensor:

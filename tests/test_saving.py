@@ -202,6 +202,38 @@ def test_experts_that_no_engine_loads_are_refused_and_saved_if_they_were_kept(
     assert_same(stored_tensors(live("gpt_oss", tmp_path / "saved")), stored_tensors(model))
 
 
+# In a checkpoint q, k and v are one weight, and up and gate, of 192 rows each, are another.
+GTE: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+@schemes
+def test_scales_that_a_checkpoint_cannot_hold_are_refused(tmp_path: Path, scheme: str) -> None:
+    config = transformers.AutoConfig.for_model("gte", **GTE)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "source")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
+    load_into(model, tmp_path / "source", scheme=scheme)
+    scales = [t for n, t in stored_tensors(model).items() if n.endswith("weight_scale")]
+    assert len(scales) == 7
+    for number, scale in enumerate(scales):
+        scale.data.fill_(number + 1)
+    if scheme == "channel":
+        save(model, tmp_path / "out")
+        return
+    with pytest.raises(SchemeError, match=r"(qkv|up_gate)_proj\.weight: rows that have scales of"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for scale in scales:
+        scale.data.fill_(1)
+    save(model, tmp_path / "out")
+
+
 class Fresh(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The sizes in bytes of all that is made anew."""
 
