@@ -41,6 +41,21 @@ class ExpertsForm:
         """Matrices below each other in an expert's matrix: two where it holds gate and up."""
         return 2 if self.gated and name == self.weights[0] else 1
 
+    def taken(self, expert: int, projection: str) -> tuple[str, tuple[int | slice, ...]] | None:
+        """The parameter, and the index in it, that the matrix of an expert takes which engines call
+        `gate_proj`, `up_proj` or `down_proj`; None where there is no such expert or matrix."""
+        first, last = self.weights
+        halves = {"gate_proj": 0, "up_proj": 1} if self.gated else {"up_proj": 0}
+        if expert >= self.experts or projection not in {*halves, last}:
+            return None
+        name = last if projection == last else first
+        part, parts = halves.get(projection, 0), self.parts(name)
+        each = self.shapes[self.weights.index(name)][0] // parts
+        turns = self.interleaved and parts > 1
+        rows = slice(part, None, parts) if turns else slice(part * each, (part + 1) * each)
+        columns = slice(None)
+        return name, (expert, columns, rows) if self.transposed else (expert, rows, columns)
+
 
 # Classes that transformers did not mark with how they hold their experts.
 _UNMARKED: Mapping[str, Mapping[str, bool]] = {
@@ -84,6 +99,15 @@ def describe_experts(module: nn.Module) -> ExpertsForm | None:
         marks.get("normed", False),
     )
     return form if _is_whole(form, down.shape[0]) else None
+
+
+def experts_of(model: nn.Module) -> dict[str, ExpertsForm]:
+    """The modules of experts that are understood, or are FP8, by each of their names."""
+    forms = {
+        name: module.form if isinstance(module, FP8Experts) else describe_experts(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+    return {name: form for name, form in forms.items() if form is not None}
 
 
 def _matrix_shape(stacked: Tensor, transposed: bool) -> tuple[int, int]:

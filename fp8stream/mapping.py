@@ -1,7 +1,8 @@
 """Where every element of a checkpoint goes in a model, and under which names it would be saved.
 
-The user's mapping says it first, then transformers' own conversion mapping, then equal names. What
-is tied needs to come once, and whatever does not come is named.
+The user's mapping says it first, then transformers' own conversion mapping, then equal names, and
+last those that engines have for the matrices of one expert. What is tied needs to come once, and
+whatever does not come is named.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fp8stream.conversions import Library, Saved, as_it_is, convert_in, convert_out, either
 from fp8stream.errors import CheckpointError, SchemeError
 from fp8stream.filled import Composed, Findings, Missing, gaps
+from fp8stream.fused_experts import ExpertsForm, experts_of
 from fp8stream.places import Place, Region, Shape, cut, region_text, whole
 
 IndexItem = int | slice | str
@@ -126,7 +128,7 @@ def find_places(
     wanted = model_tensors(model) if targets is None else targets
     shapes = _unique(tensors)
     rules = [_Rule(key, rule) for key, rule in (mapping or {}).items()]
-    found = Findings({name: tuple(tensor.shape) for name, tensor in wanted.items()})
+    found = _Search(model, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
     rest = [name for name in shapes if not _follow(found, rules, name, shapes[name])]
     library = Library.of(model)
     if library is None:
@@ -139,15 +141,18 @@ def find_places(
     found.check_shapes()
     ties = _ties(model, wanted)
     places, duplicates = _once(found, ties)
-    missing = found.missing(places, ties)
-    needed = _needed(model, missing)
+    dispensable = _dispensable(model)
+    missing: list[Missing] = []
+    optional: list[Missing] = []
+    for gap in found.missing(places, ties):
+        (optional if dispensable(gap.target) else missing).append(gap)
     return Placement(
         places=tuple(places),
         composed=tuple(found.composed),
         ties=ties,
         duplicates=tuple(duplicates),
-        missing=tuple(needed),
-        optional=tuple(dict.fromkeys(gap.target for gap in missing if gap not in needed)),
+        missing=tuple(missing),
+        optional=tuple(dict.fromkeys(gap.target for gap in optional)),
         unexpected=tuple(found.unexpected),
         ignored=tuple(found.ignored),
         stranded=tuple(found.stranded),
@@ -182,6 +187,62 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 found[at + name] = tensor
     return found
+
+
+_EXPERT = re.compile(r"(?:.+\.)?(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+class _Search(Findings):
+    """Findings that know the matrices of one expert, where the model has all experts in one tensor.
+
+    Engines call them so whatever the architecture, and transformers does not know of it where its
+    own checkpoints are fused.
+    """
+
+    def __init__(self, model: nn.Module, targets: Mapping[str, Shape]) -> None:
+        super().__init__(targets)
+        self._model = model
+
+    @cached_property
+    def _experts(self) -> Mapping[str, ExpertsForm]:
+        return experts_of(self._model)
+
+    def same(self, name: str, target: str, shape: Shape) -> None:
+        """Places all of `name` in `target`, or, if there is none, where that is part of."""
+        part = None if target in self.targets else self._part(name, target)
+        if part is None:
+            super().same(name, target, shape)
+            return
+        try:
+            self.places += _placed(name, shape, part, self.targets[part.target])
+        except ValueError as error:
+            self.problems.append(f"{name} for {part.target}: {error}")
+
+    def _part(self, name: str, target: str) -> Part | None:
+        """Where the matrix of one expert goes; None for any other tensor.
+
+        `target` says which module is meant, but transformers may have renamed the matrix after
+        those of a dense layer, so that is told by `name`.
+        """
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            return None
+        called = self._modules(".".join(target.split(".")[:-3]))
+        module = next((module for module in called if module in self._experts), None)
+        if module is None:
+            return None
+        form = self._experts[module]
+        taken = form.taken(int(match[1]), match[2])
+        if taken is None:
+            return None
+        parameter, index = taken
+        filled = f"{module}.{parameter}" if module else parameter
+        return Part(filled, index, transpose=form.transposed)
+
+    def _modules(self, name: str) -> tuple[str, ...]:
+        """What a module may be called here: checkpoints come of models with a head and without."""
+        prefix = f"{getattr(self._model, 'base_model_prefix', '')}."
+        return name, f"{prefix}{name}", name.removeprefix(prefix)
 
 
 class _Rule:
@@ -333,10 +394,10 @@ def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _needed(model: nn.Module, missing: Sequence[Missing]) -> list[Missing]:
-    """Without what the model says it can do without."""
+def _dispensable(model: nn.Module) -> Callable[[str], bool]:
+    """Whether the model says that it can do without the tensor of a name."""
     optional = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    return [gap for gap in missing if optional is None or not optional.search(gap.target)]
+    return lambda name: bool(optional and optional.search(name))
 
 
 def _kept(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

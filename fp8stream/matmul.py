@@ -5,6 +5,7 @@ where weights have block scales. Where torch has a kernel for such operands it i
 weights are dequantized in runs of a few MiB, so that a 16-bit copy of a weight never exists.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -86,6 +87,7 @@ def _scaled_rows(
 ) -> Tensor:
     """Torch's kernel with a scale for each row of both operands."""
     columns = scale.reshape(1, -1).expand(1, weight.shape[0]).contiguous()
+    weight = weight.contiguous()
     return torch._scaled_mm(x, weight.t(), scale_a=x_scale, scale_b=columns, out_dtype=dtype)
 
 
@@ -95,14 +97,16 @@ def _scaled_blocks(
     """Torch's kernel with scales of 1x128 by 128x128.
 
     cuBLAS wants tokens in fours, the scales of `x` token by token and those of the weight in
-    fours along the inputs: torch before `scaled_mm` did not, and was wrong without a word.
+    fours along the inputs: torch before `scaled_mm` did not, and was wrong without a word. Rows
+    that lie in turns with others are put together: what was tried lay one after the other.
     """
     recipe = functional.ScalingType
     tokens = x.shape[0]
     more = -tokens % 4
     x = functional.pad(x.view(torch.uint8), (0, 0, 0, more)).view(CODES)
     x_scale = functional.pad(x_scale, (0, 0, 0, more), value=1.0)
-    scale = functional.pad(scale, (0, -scale.shape[1] % 4), value=1.0)
+    scale = functional.pad(scale, (0, -scale.shape[1] % 4), value=1.0).contiguous()
+    weight = weight.contiguous()
     product = functional.scaled_mm(
         x,
         weight.t(),
@@ -118,25 +122,30 @@ def _scaled_blocks(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @cache
 def _has_kernel(device: torch.device, block: bool, dtype: torch.dtype) -> bool:
-    """Whether torch multiplies codes on `device` to `dtype`, and rightly so.
-
-    That depends on the GPU, torch, cuBLAS and the dtype in ways that no version number tells, so
-    it is tried, once, on a product with ragged tokens and five blocks.
-    """
+    """Whether torch multiplies codes on `device` to `dtype`, and rightly so."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
+    return _is_right(device, block, dtype)
+
+
+def _is_right(device: torch.device, block: bool, dtype: torch.dtype) -> bool:
+    """Whether torch's kernel for `device` works: tried on ragged tokens and five blocks.
+
+    That depends on the GPU, torch, cuBLAS and the dtype in ways that no version number tells.
+    """
     granularity = Granularity.BLOCK if block else Granularity.CHANNEL
-    ramp = torch.arange(259 * 5 * BLOCK, device=device).remainder(251).view(259, -1) / 64 - 1
+    numbers = torch.arange(259 * 5 * BLOCK, dtype=torch.float32, device=device)
+    ramp = numbers.remainder(251).view(259, -1) / 64 - 1
     x, x_scale = quantize_activations(ramp[:3], granularity)
     weight = ramp[3:].to(CODES)
-    scale = torch.ones(granularity.scale_shape(weight.shape), device=device)
-    scale += torch.arange(scale.numel(), device=device).view(scale.shape) / 8
+    grid = granularity.scale_shape(weight.shape)
+    scale = 1 + numbers[: math.prod(grid)].view(grid) / 8
     try:
         found = (_scaled_blocks if block else _scaled_rows)(x, x_scale, weight, scale, dtype)
     except (RuntimeError, ValueError, AttributeError, TypeError):
         return False
-    numbers = dequantize_weight(weight, scale).double()
-    wanted = _dequantize_activations(x, x_scale).double() @ numbers.T
+    operands = _dequantize_activations(x, x_scale), dequantize_weight(weight, scale)
+    wanted = operands[0].double() @ operands[1].double().T
     return bool((found - wanted).abs().max() <= wanted.abs().max() / 64)
 
 
@@ -149,7 +158,7 @@ def _dequantized_runs(weight: Tensor, scale: Tensor) -> Iterator[tuple[slice, Te
     quantizer = Quantizer(weight.device, elements)
     widen: Callable[[Tensor], Tensor] = quantizer.widen
     if weight.device.type == "cpu":
-        half = torch.empty(elements, dtype=torch.int16)
+        half = torch.empty(elements, dtype=torch.int16, device="cpu")
         widen, scale = partial(_decode, quantizer, half), scale * _HALF
     for rows, columns in quantizer.tiles(weight.shape, granularity):
         wide = widen(weight[rows, columns])

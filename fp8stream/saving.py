@@ -26,6 +26,7 @@ from fp8stream.output import OutputDirectory
 from fp8stream.places import Place, strides
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns
+from fp8stream.roles import Role
 from fp8stream.scheme import BLOCK, Granularity, Scheme
 from fp8stream.skeleton import (
     find_weights,
@@ -42,11 +43,13 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
     """Writes a model that `load_into` or `quantize_model` made as a compressed-tensors checkpoint.
 
     Names are those under which the source would be saved, ties come once; `directory` is new or
-    empty, and there when it is whole. Tokenizers and the like are not the model's to write.
+    empty, and there when it is whole. Tokenizers and the like are not the model's to write. What
+    torch.compile, DataParallel or DistributedDataParallel made of a model is saved as the model.
 
     Raises OutputError; SchemeError for a model that is not in FP8, or whose experts no engine would
     load in it.
     """
+    model = _unwrapped(model)
     if parts_of(model):
         raise SchemeError("save: the model is spread over ranks; save one that is loaded whole")
     stored = _Stored.of(model)
@@ -65,6 +68,28 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
                 kept = stored.kept(stored.saved[tensor.spec.name])
                 writer.write(tensor.spec.name, 0, bytes_of(kept))
         writer.commit(plan.config)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose tensors have the names of a checkpoint's.
+
+    Raises SchemeError where a module inside is wrapped, and its tensors have other names.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    for name, module in model.named_modules():
+        if _inside(module) is not None:
+            raise SchemeError(
+                f"save: {name} is wrapped in a {type(module).__name__}, which gives its tensors "
+                "other names; compile it with module.compile(), or save the model before"
+            )
+    return model
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What is wrapped in `module` by torch; None if nothing is."""
+    replicas = isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return module._modules.get("module" if replicas else "_orig_mod")
 
 
 @dataclass(frozen=True)
@@ -94,13 +119,16 @@ class _Stored:
         return next((self.granularities[w.module] for w in weights if w), None)
 
     def kept(self, saved: Saved) -> Tensor:
-        """The values of a tensor that is not FP8, on the host."""
+        """The values of a tensor that is not FP8, on the host; nothing else is moved there."""
         if saved.composed:
             sources = {name: self.tensors[name] for name in saved.composed.sources}
             return saved.composed.convert(sources)[saved.name].cpu().contiguous()
-        values = torch.empty(saved.shape, dtype=saved.dtype)
+        if len(saved.places) == 1 and saved.places[0].whole:
+            only = saved.places[0].read(self.tensors[saved.places[0].source])
+            return only.to(saved.dtype).contiguous().cpu()
+        values = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
         for place in saved.places:
-            place.apply(values, self.tensors[place.source].cpu())
+            place.apply(values, self.tensors[place.source])
         return values
 
 
@@ -118,14 +146,17 @@ def _plan(model: nn.Module, stored: _Stored, max_shard_size: int) -> Plan:
     plan = plan_quantization(checkpoint, scheme, Patterns(), resources)
     ignore = [t.spec.name for t in plan.tensors if t.weights and not stored.is_fp8(t.spec.name)]
     include = [t.spec.name for t in plan.tensors if not t.weights and stored.is_fp8(t.spec.name)]
+    refused = (t for t in plan.tensors if t.spec.name in include and not t.known.quantizable)
+    for tensor in refused:
+        expert = tensor.role is Role.EXPERT
+        raise SchemeError(
+            f"save: {tensor.spec.name} is FP8 in the model, and in a checkpoint it cannot be: "
+            f"{tensor.reason}; load the model with "
+            + ('experts="keep"' if expert else f'ignore=["{tensor.spec.name}"]')
+        )
     if ignore or include:
-        try:
-            patterns = Patterns(tuple(ignore), tuple(include))
-            plan = plan_quantization(checkpoint, scheme, patterns, resources)
-        except SchemeError as error:
-            raise SchemeError(
-                f"save: no engine would load what the model holds: {error}"
-            ) from error
+        patterns = Patterns(tuple(ignore), tuple(include))
+        plan = plan_quantization(checkpoint, scheme, patterns, resources)
     for tensor in plan.tensors:
         found = stored.granularity(tensor.spec.name)
         if tensor.granularity is not found:
@@ -161,14 +192,35 @@ def _config(model: nn.Module) -> dict[str, object]:
 def _write_weight(writer: CheckpointWriter, weight: WeightPlan, stored: _Stored) -> None:
     """Codes and scales of one planned weight, from wherever its rows lie in the model."""
     rows, columns = weight.shape
-    codes = torch.empty((rows, columns), dtype=torch.uint8)
-    scales = torch.empty(weight.granularity.scale_shape(weight.shape), dtype=torch.float32)
+    width = weight.granularity.scale_shape(weight.shape)[-1]
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device="cpu")
+    scales = torch.empty((rows, width), dtype=torch.float32, device="cpu")
     saved = stored.saved[weight.spec.name]
     for place in saved.places:
-        lies = _rows(weight, saved, place, stored.weights[place.source])
-        _take(codes, scales, lies, stored, stored.weights[place.source], weight.granularity)
+        held = stored.weights[place.source]
+        lies = _rows(weight, saved, place, held)
+        if len(lies.at):
+            codes[lies.at] = _codes(stored, held, lies)
+            scales[lies.at] = _scales(stored, held, lies, weight.granularity)
     _write(writer, weight.codes.name, weight, codes, scale=False)
-    _write(writer, weight.scales.name, weight, scales, scale=True)
+    _write(writer, weight.scales.name, weight, _of_groups(weight, scales), scale=True)
+
+
+def _of_groups(weight: WeightPlan, scales: Tensor) -> Tensor:
+    """The scales that the rows of each group share, of `scales` for every row.
+
+    Raises SchemeError where they differ: a checkpoint may hold in one weight what is several here.
+    """
+    rows = weight.shape[0]
+    step = rows if weight.granularity is Granularity.TENSOR else weight.granularity.row_multiple
+    first = scales[::step].contiguous()
+    each = first.repeat_interleave(step, 0)[:rows]
+    if not torch.equal(each.view(torch.int32), scales.view(torch.int32)):
+        raise SchemeError(
+            f"save: {weight.name}: rows that have scales of their own in the model would share one "
+            f'in a checkpoint; load the model with scheme="{Granularity.CHANNEL.value}"'
+        )
+    return first.view(weight.granularity.scale_shape(weight.shape))
 
 
 @dataclass(frozen=True)
@@ -182,9 +234,9 @@ class _Rows:
 
 def _rows(weight: WeightPlan, saved: Saved, place: Place, held: Weight) -> _Rows:
     """The rows of `weight` that lie in `place`, by the first element of each."""
-    at = torch.arange(weight.shape[0])
+    at = torch.arange(weight.shape[0], device="cpu")
     flat = weight.source.first + at * weight.source.row_step
-    inside = torch.ones(len(at), dtype=torch.bool)
+    inside = torch.ones_like(at, dtype=torch.bool)
     element = torch.full_like(flat, place.first)
     for step, part, stride in zip(strides(saved.shape), place.region, place.steps, strict=True):
         index = flat // step
@@ -200,35 +252,30 @@ def _rows(weight: WeightPlan, saved: Saved, place: Place, held: Weight) -> _Rows
     return _Rows(at, matrix, row)
 
 
-def _take(
-    codes: Tensor,
-    scales: Tensor,
-    lies: _Rows,
-    stored: _Stored,
-    held: Weight,
-    granularity: Granularity,
-) -> None:
-    """Gathers rows of codes, and the scales that belong to them."""
-    rows, columns = held.shape
-    own = stored.tensors[held.target].detach().view(torch.uint8).cpu().view(-1, rows, columns)
-    codes[lies.at] = own[lies.matrix, lies.row]
-    name = held.scales(granularity).name
-    own_scales = stored.tensors[name].detach().cpu()
+def _codes(stored: _Stored, held: Weight, lies: _Rows) -> Tensor:
+    own = stored.tensors[held.target].detach().view(torch.uint8)
+    return _picked(own.view(-1, *held.shape), lies.matrix, lies.row)
+
+
+def _scales(stored: _Stored, held: Weight, lies: _Rows, granularity: Granularity) -> Tensor:
+    """The scales [rows, columns] of every row."""
+    own = stored.tensors[held.scales(granularity).name].detach()
+    own = own.view(max(1, held.experts), -1, own.shape[-1])
     if granularity is Granularity.TENSOR:
-        scales[0] = own_scales.view(-1)[lies.matrix[0]]
-        return
-    width = own_scales.shape[-1]
-    own_scales = own_scales.view(max(1, held.experts), -1, width)
+        return _picked(own, lies.matrix, torch.zeros_like(lies.row))
     if granularity is Granularity.CHANNEL:
-        scales[lies.at] = own_scales[lies.matrix, lies.row]
-        return
-    first = lies.at % BLOCK == 0
-    each = rows // held.parts
+        return _picked(own, lies.matrix, lies.row)
+    each = held.shape[0] // held.parts
     part = lies.row % held.parts if held.interleaved else lies.row // each
     within = (lies.row // held.parts if held.interleaved else lies.row % each) // BLOCK
-    height = own_scales.shape[1] // held.parts
+    height = own.shape[1] // held.parts
     at = within * held.parts + part if held.interleaved else part * height + within
-    scales[lies.at[first] // BLOCK] = own_scales[lies.matrix[first], at[first]]
+    return _picked(own, lies.matrix, at)
+
+
+def _picked(matrices: Tensor, matrix: Tensor, row: Tensor) -> Tensor:
+    """Rows of `matrices` [matrices, rows, columns], wherever they lie, on the host."""
+    return matrices[matrix.to(matrices.device), row.to(matrices.device)].cpu()
 
 
 def _write(

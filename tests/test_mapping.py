@@ -330,6 +330,115 @@ def test_an_expert_that_is_missing_is_named_and_the_others_keep_their_places(
     assert not found.stranded
 
 
+# How the experts of models lie whose own checkpoints are fused: transposed, and in turns.
+FUSED = {
+    "llama4_text": (True, False),
+    "llama4": (True, False),
+    "qwen3_vl_moe": (False, False),
+    "granitemoe": (False, False),
+    "gpt_oss": (True, True),
+}
+
+
+def apart(tensors: Mapping[str, Tensor], transposed: bool, turns: bool) -> dict[str, Tensor]:
+    """A model's `tensors` with those of experts as engines have them, matrix by matrix."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            found[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor.mT if transposed else tensor):
+            half = len(matrix) // 2
+            cut = (matrix[::2], matrix[1::2]) if turns else (matrix[:half], matrix[half:])
+            named = {"gate_proj": cut[0], "up_proj": cut[1]}
+            for part, one in ({leaf: matrix} if leaf == "down_proj" else named).items():
+                found[f"{module}.{expert}.{part}.weight"] = one.contiguous()
+    return found
+
+
+@pytest.mark.parametrize("kind", list(FUSED))
+def test_experts_one_by_one_go_into_the_tensor_that_the_model_has(kind: str) -> None:
+    """As the converter writes them for engines: transformers knows of fused ones alone."""
+    model = build(kind)
+    expected = {name: tensor.detach() for name, tensor in model_tensors(model).items()}
+    tensors = apart(expected, *FUSED[kind])
+    assert any(".experts.3.up_proj.weight" in name for name in tensors)
+    found = find_places(model, shapes_of(tensors))
+    assert complete(found), found
+    ours = filled(model, found, tensors)
+    for name, tensor in expected.items():
+        assert same(ours[name], tensor), name
+    part = {name: tensor for name, tensor in tensors.items() if ".experts.2.up_" not in name}
+    gaps = find_places(model, shapes_of(part)).missing
+    assert {gap.target.rpartition(".")[2] for gap in gaps} == {"gate_up_proj"}
+    assert {gap.region[0] for gap in gaps} == {range(2, 3)}
+
+
+def test_experts_one_by_one_are_not_taken_for_a_dense_layer() -> None:
+    """MiniMax-M3's own conversion makes `gate_up_proj` of every `gate_proj` and `up_proj`."""
+    text = {**EXPERTS, "num_local_experts": 4}
+    config = transformers.AutoConfig.for_model("minimax_m3_vl", text_config=text)
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    saved = {name: shape for name, shape in names_of(model).items() if ".experts." not in name}
+    at = "language_model.model.layers.0.block_sparse_moe.experts"
+    halves = [
+        (f"{at}.{n}.{part}.weight", (48, 32)) for n in range(4) for part in ("gate_proj", "up_proj")
+    ]
+    found = find_places(model, [*saved.items(), *halves])
+    assert not found.unexpected
+    assert "model.language_model.layers.0.mlp.experts.gate_up_proj" in found.by_target
+    assert all("layers.0.mlp.experts.gate_up" not in gap.target for gap in found.missing)
+
+
+def test_experts_one_by_one_where_there_are_none_such() -> None:
+    model = tiny("llama4_text")
+    names = {n: tuple(t.shape) for n, t in apart(model_tensors(model), True, False).items()}
+    at = "model.layers.0.feed_forward"
+    more = {f"{at}.experts.4.up_proj.weight": (48, 32), f"{at}.others.0.up_proj.weight": (48, 32)}
+    found = find_places(model, {**names, **more}.items())
+    assert sorted(found.unexpected) == sorted(more)
+    assert not found.missing
+    wrong = {f"{at}.experts.1.down_proj.weight": (48, 32)}
+    with pytest.raises(
+        CheckpointError, match=r"1.down_proj.* for .*down_proj: expected \(48, 32\)"
+    ):
+        find_places(model, {**names, **wrong}.items())
+    # Not by one name each and fused as well.
+    with pytest.raises(
+        CheckpointError, match=r"both fill model.layers.0.feed_forward.experts.down"
+    ):
+        find_places(model, {**names, f"{at}.experts.down_proj": (4, 48, 32)}.items())
+    assert find_places(tiny("llama"), more.items()).unexpected == tuple(more)
+
+
+def test_experts_one_by_one_of_a_base_model_and_into_one() -> None:
+    model, base = tiny("granitemoe"), tiny("granitemoe", "AutoModel")
+    of_base = {n: tuple(t.shape) for n, t in apart(model_tensors(base), False, False).items()}
+    assert "layers.0.block_sparse_moe.experts.0.gate_proj.weight" in of_base
+    found = find_places(model, of_base.items())
+    assert [str(gap) for gap in found.missing] == ["lm_head.weight"]
+    of_all = {n: tuple(t.shape) for n, t in apart(model_tensors(model), False, False).items()}
+    found = find_places(base, of_all.items())
+    assert found.unexpected == ("lm_head.weight",)
+    assert not found.missing
+
+
+def test_experts_one_by_one_in_any_module_that_has_them_in_one() -> None:
+    llama4 = transformers.models.llama4.modeling_llama4
+    config = transformers.Llama4TextConfig(**LLAMA4)
+    for model, at in (
+        (nn.ModuleDict({"it": llama4.Llama4TextExperts(config)}), "it."),
+        (llama4.Llama4TextExperts(config), ""),
+    ):
+        names = [f"{at}{n}.gate_proj.weight" for n in range(4)]
+        found = find_places(model, [(name, (48, 32)) for name in names])
+        assert not found.unexpected
+        gap = f"{at}gate_up_proj[0:4, 0:32, 48:96]"
+        assert [str(one) for one in found.missing] == [gap, f"{at}down_proj"]
+
+
 def test_an_expert_too_many_does_not_take_the_place_of_another() -> None:
     names = names_of(tiny("mixtral"))
     other = {name.replace("experts.3.", "experts.4."): shape for name, shape in names.items()}
@@ -687,3 +796,13 @@ def test_very_many_experts_take_seconds() -> None:
     found = find_places(model, names.items())
     assert time.process_time() - start < 5
     assert complete(found)
+
+
+def test_very_much_that_is_missing_takes_seconds() -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({str(number): nn.Linear(2, 2) for number in range(20_000)})
+    model._keys_to_ignore_on_load_missing = [r"9\.bias"]  # type: ignore[assignment]
+    start = time.process_time()
+    found = find_places(model, [])
+    assert time.process_time() - start < 5
+    assert (len(found.missing), len(found.optional)) == (38_000, 2_000)

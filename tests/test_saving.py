@@ -1,5 +1,7 @@
 """A live model saved is the converter's output, and an output loaded is the live model."""
 
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fp8stream import cli
 from fp8stream.errors import SchemeError
@@ -18,51 +22,112 @@ from tests.oracle import same
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TINY = {
+TINY: Mapping[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
     "vocab_size": 320,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", TINY),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {**TINY, "moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "mixtral": ("MixtralConfig", {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2}),
+EXPERTS: Mapping[str, Any] = {**TINY, "num_experts_per_tok": 2}
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "llama": TINY,
+    "llama-tied": {**TINY, "tie_word_embeddings": True},
+    "qwen2": TINY,
+    "opt": {
+        **TINY,
+        "ffn_dim": 256,
+        "word_embed_proj_dim": 128,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 128, "num_experts": 4},
+    "mixtral": {**EXPERTS, "num_local_experts": 4},
+    "deepseek_v3": {
+        **EXPERTS,
+        "moe_intermediate_size": 128,
+        "n_routed_experts": 4,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+    },
+    "llama4": {
+        "text_config": {
+            **EXPERTS,
+            "hidden_size": 256,
+            "head_dim": 128,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+        "vision_config": {
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        },
+    },
+    "gpt_oss": {
+        **EXPERTS,
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "layer_types": ["full_attention"] * 2,
+    },
 }
-kinds = pytest.mark.parametrize("kind", CONFIGS)
+# Those that the converter and `save` both write.
+WRITTEN = [kind for kind in CONFIGS if kind != "gpt_oss"]
 schemes = pytest.mark.parametrize("scheme", ["channel", "block", "tensor"])
 
 
-def config(kind: str) -> Any:
-    name, values = CONFIGS[kind]
-    return getattr(transformers, name)(**values)
+def build(kind: str) -> Any:
+    config = transformers.AutoConfig.for_model(kind.removesuffix("-tied"), **CONFIGS[kind])
+    vision = "vision_config" in CONFIGS[kind]
+    auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    return getattr(transformers, auto).from_config(config, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def source_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A random checkpoint of each kind, as transformers saves it."""
-    made: dict[str, Path] = {}
-    for kind in CONFIGS:
+
+    @cache
+    def made(kind: str) -> Path:
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=torch.bfloat16)
-        made[kind] = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(made[kind])
+        model = build(kind)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape) * 0.05)
+            for module in model.modules():
+                if hasattr(module, "e_score_correction_bias"):
+                    # As DeepSeek has it, and transformers keeps it.
+                    module.e_score_correction_bias.data = torch.randn(4)
+        directory = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(directory)
+        return directory
+
     return made
 
 
-def live(kind: str, source: Path, scheme: str) -> nn.Module:
+def live(kind: str, source: Any, **options: Any) -> nn.Module:
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config(kind), dtype=torch.bfloat16)
-    load_into(model, source, scheme=scheme)
-    assert isinstance(model, nn.Module)
+        model: nn.Module = build(kind)
+    load_into(model, source, **options)
     return model
 
 
@@ -78,22 +143,170 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert [name for name in one if not same(one[name], other[name])] == []
 
 
-@kinds
+@pytest.mark.parametrize("kind", WRITTEN)
 @schemes
 def test_what_is_saved_is_what_the_converter_writes_and_loads_as_it_was(
-    tmp_path: Path, sources: dict[str, Path], kind: str, scheme: str
+    tmp_path: Path, source_of: Callable[[str], Path], kind: str, scheme: str
 ) -> None:
-    source = sources[kind]
-    model = live(kind, source, scheme)
+    source = source_of(kind)
+    model = live(kind, source, scheme=scheme)
     save(model, tmp_path / "saved")
     arguments = ["quantize", str(source), str(tmp_path / "converted"), "--scheme", scheme, "-q"]
     assert cli.main(arguments) == 0
     assert_same(contents(tmp_path / "saved"), contents(tmp_path / "converted"))
-    again = live(kind, tmp_path / "converted", "channel")
+    again = live(kind, tmp_path / "converted")
     assert_same(stored_tensors(again), stored_tensors(model))
+
+
+@schemes
+def test_experts_one_by_one_are_loaded_as_fused_ones(
+    source_of: Callable[[str], Path], scheme: str
+) -> None:
+    """The form in which engines, and so the converter, have those of Llama-4."""
+    fused = contents(source_of("llama4"))
+    apart: dict[str, Tensor] = {}
+    for name, tensor in fused.items():
+        module, _, leaf = name.rpartition(".")
+        cut = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(leaf, ())
+        for expert, matrix in enumerate(tensor.mT if cut else ()):
+            for part, one in zip(cut, matrix.chunk(len(cut)), strict=True):
+                apart[f"{module}.{expert}.{part}.weight"] = one.contiguous()
+        if not cut:
+            apart[name] = tensor
+    assert len(apart) == len(fused) - 2 * 2 + 2 * 4 * 3
+    wanted = stored_tensors(live("llama4", source_of("llama4"), scheme=scheme))
+    assert_same(stored_tensors(live("llama4", apart, scheme=scheme)), wanted)
 
 
 def test_what_is_not_fp8_is_not_saved_as_such(tmp_path: Path) -> None:
     with pytest.raises(SchemeError, match="nothing of the model is FP8"):
         save(nn.Linear(4, 4), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_no_engine_loads_are_refused_and_saved_if_they_were_kept(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    source = source_of("gpt_oss")
+    with pytest.raises(SchemeError) as refusal:
+        save(live("gpt_oss", source), tmp_path / "no")
+    assert str(refusal.value) == (
+        "save: model.layers.0.mlp.experts.down_proj is FP8 in the model, and in a checkpoint it "
+        'cannot be: no engine loads these experts in FP8; load the model with experts="keep"'
+    )
+    assert not (tmp_path / "no").exists()
+    model = live("gpt_oss", source, experts="keep")
+    save(model, tmp_path / "saved")
+    assert cli.main(["quantize", str(source), str(tmp_path / "converted"), "-q"]) == 0
+    assert_same(contents(tmp_path / "saved"), contents(tmp_path / "converted"))
+    assert_same(stored_tensors(live("gpt_oss", tmp_path / "saved")), stored_tensors(model))
+
+
+# In a checkpoint q, k and v are one weight, and up and gate, of 192 rows each, are another.
+GTE: Mapping[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
+
+
+@schemes
+def test_scales_that_a_checkpoint_cannot_hold_are_refused(tmp_path: Path, scheme: str) -> None:
+    config = transformers.AutoConfig.for_model("gte", **GTE)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "source")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
+    load_into(model, tmp_path / "source", scheme=scheme)
+    scales = [t for n, t in stored_tensors(model).items() if n.endswith("weight_scale")]
+    assert len(scales) == 7
+    for number, scale in enumerate(scales):
+        scale.data.fill_(number + 1)
+    if scheme == "channel":
+        save(model, tmp_path / "out")
+        return
+    with pytest.raises(SchemeError, match=r"(qkv|up_gate)_proj\.weight: rows that have scales of"):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for scale in scales:
+        scale.data.fill_(1)
+    save(model, tmp_path / "out")
+
+
+class Fresh(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The sizes in bytes of all that is made anew."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if isinstance(t, Tensor)}
+        new = [t for t in tree_leaves(made) if isinstance(t, Tensor) and not t.is_meta]
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in new}
+        self.sizes += [size for pointer, size in sizes.items() if pointer not in old]
+        return made
+
+
+@pytest.mark.parametrize("experts", ["auto", "keep"])
+@schemes
+def test_experts_are_moved_once_not_once_for_each_of_their_matrices(
+    tmp_path: Path,
+    source_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    experts: str,
+    scheme: str,
+) -> None:
+    """On a CPU that copies what is moved to it, as a GPU would."""
+    model = live("mixtral", source_of("mixtral"), scheme=scheme, experts=experts)
+    stacked = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").nbytes
+    held = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
+    with Fresh() as fresh:
+        save(model, tmp_path / "saved")
+    assert max(fresh.sizes) < stacked
+    # Picked, moved, and put together: with the numbers of rows three times the model or so.
+    assert sum(fresh.sizes) < 5 * held
+
+
+def test_what_torch_wrapped_is_saved_as_what_it_wraps(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model = live("llama", source_of("llama"))
+    save(model, tmp_path / "bare")
+    compiled: Any = torch.compile(model, backend="eager")
+    for number, wrapped in enumerate((compiled, nn.DataParallel(model), nn.DataParallel(compiled))):
+        save(wrapped, tmp_path / str(number))
+        assert_same(contents(tmp_path / str(number)), contents(tmp_path / "bare"))
+    model.compile(backend="eager")
+    save(model, tmp_path / "in place")
+    assert_same(contents(tmp_path / "in place"), contents(tmp_path / "bare"))
+
+
+def test_a_part_that_was_compiled_by_itself_is_refused(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model: Any = live("llama", source_of("llama"))
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with pytest.raises(
+        SchemeError, match=r"save: model\.layers\.1 is wrapped in a OptimizedModule"
+    ):
+        save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_default_device_and_dtype_change_nothing(
+    tmp_path: Path, source_of: Callable[[str], Path]
+) -> None:
+    model = live("mixtral", source_of("mixtral"), scheme="block")
+    save(model, tmp_path / "bare")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            save(model, tmp_path / "other")
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(contents(tmp_path / "other"), contents(tmp_path / "bare"))
