@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -24,30 +24,43 @@ from fp8stream import __version__
 from fp8stream.advice import kept_bytes
 from fp8stream.checkpoint import Checkpoint, open_checkpoint
 from fp8stream.clock import Clock
+from fp8stream.console import Progress, ReaderLeft, open_progress, stdout, tell, warn
 from fp8stream.errors import (
     BudgetError,
     CheckpointError,
     DeviceError,
     DeviceMemoryError,
     Fp8StreamError,
-    OutputError,
     SchemeError,
     VerifyError,
 )
 from fp8stream.expectation import LayerError
-from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
+from fp8stream.experts import ExpertLayout
 from fp8stream.journal import Fingerprint, fingerprint
 from fp8stream.memory import MemoryUsage, PeakMeter, format_size, parse_size
 from fp8stream.names import template_and_key
+from fp8stream.options import (
+    DEFAULT_BUDGET,
+    DEFAULT_SHARD_SIZE,
+    as_size,
+    device_name,
+    expert_layout_option,
+    expression,
+    json_option,
+    memory_budget_option,
+    not_empty,
+    quiet_option,
+    read_options,
+    scheme_options,
+    threads_option,
+)
 from fp8stream.output import OutputDirectory, check_output, unfinished_run
 from fp8stream.parallel import edges
-from fp8stream.plan import Plan, Resources, plan_quantization
-from fp8stream.policy import Patterns
+from fp8stream.plan import Plan, Resources
 from fp8stream.report import (
     Result,
     Verdict,
     dump,
-    escape,
     plan_json,
     print_plan,
     print_result,
@@ -56,7 +69,6 @@ from fp8stream.report import (
     tensor_lines,
     verdict_json,
 )
-from fp8stream.scheme import Granularity, OutputFormat, Scheme
 from fp8stream.signals import Signalled, Signals
 from fp8stream.structure import Config
 from fp8stream.system import may_have_gpu
@@ -64,14 +76,7 @@ from fp8stream.system import may_have_gpu
 if TYPE_CHECKING:
     import torch
 
-    from fp8stream.stream import LayerDone
-    from fp8stream.verify import Checked, Comparison
-
-F = TypeVar("F", bound=Callable[..., object])
-
-DEFAULT_BUDGET = "1GiB"
-DEFAULT_SHARD_SIZE = "5GB"
-SECONDS_BETWEEN_LINES = 30
+    from fp8stream.verify import Comparison
 
 
 @dataclass(frozen=True)
@@ -80,121 +85,6 @@ class Process:
 
     signals: Signals
     notes: list[str] = field(default_factory=list)
-
-
-def _size(context: click.Context, option: click.Parameter, value: str) -> int:
-    try:
-        return parse_size(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from None
-
-
-def _not_empty(context: click.Context, option: click.Parameter, value: str) -> str:
-    if not value:
-        raise click.BadParameter("is empty; was a variable not set?")
-    return value
-
-
-def _device(context: click.Context, option: click.Parameter, value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", value):
-        raise click.BadParameter(f"{value!r} is not auto, cpu, cuda or cuda:N")
-    return value
-
-
-def _expression(
-    context: click.Context, option: click.Parameter, value: str | None
-) -> "re.Pattern[str] | None":
-    try:
-        return re.compile(value) if value is not None else None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise click.BadParameter(f"{value!r} is not a regular expression: {error}") from None
-
-
-def _expert_layout(what: str) -> Callable[[F], F]:
-    layouts = click.Choice([layout.value for layout in ExpertLayout])
-    return click.option("--expert-layout", type=layouts, help=what)
-
-
-def _memory_budget(what: str) -> Callable[[F], F]:
-    return click.option(
-        "--memory-budget",
-        callback=_size,
-        metavar="SIZE",
-        default=DEFAULT_BUDGET,
-        show_default=True,
-        help=what,
-    )
-
-
-def _threads(what: str) -> Callable[[F], F]:
-    workers = click.IntRange(1, 1024)
-    return click.option(
-        "--threads", type=workers, metavar="N", help=f"{what}  [default: all cores]"
-    )
-
-
-def _json(command: F) -> F:
-    words = "The result as one JSON object on stdout."
-    return click.option("--json", "as_json", is_flag=True, help=words)(command)
-
-
-def _quiet(command: F) -> F:
-    return click.option("-q", "--no-progress", is_flag=True, help="No progress on stderr.")(command)
-
-
-def _scheme_options(command: F) -> F:
-    """The options that say what would be done: the same for `quantize` and `inspect`."""
-    for option in reversed(
-        [
-            click.option(
-                "--scheme",
-                type=click.Choice([g.value for g in Granularity]),
-                default=Granularity.CHANNEL.value,
-                show_default=True,
-                help="What shares one scale.",
-            ),
-            click.option(
-                "--format",
-                "output_format",
-                type=click.Choice([f.value for f in OutputFormat]),
-                default=OutputFormat.COMPRESSED_TENSORS.value,
-                show_default=True,
-                help="The output's dialect; fp8 has block and tensor scales.",
-            ),
-            click.option(
-                "--ignore",
-                multiple=True,
-                metavar="PATTERN",
-                help="Keep what matches: the exact name of a module or tensor, or re:REGEX. "
-                "Repeatable; wins over --include.",
-            ),
-            click.option(
-                "--include",
-                multiple=True,
-                metavar="PATTERN",
-                help="Quantize what matches although the defaults keep it. Repeatable.",
-            ),
-            click.option(
-                "--ignore-from",
-                type=click.File("r", encoding="utf-8"),
-                metavar="FILE",
-                help="Patterns to ignore, one a line (# comments); - reads standard input.",
-            ),
-            click.option(
-                "--experts",
-                type=click.Choice([form.value for form in ExpertForm]),
-                default=ExpertForm.AUTO.value,
-                show_default=True,
-                help="How experts that lie in one tensor are written; keep leaves all in 16 bit.",
-            ),
-            _expert_layout(
-                "How they lie there, if the model type does not tell: [experts, out, in] or "
-                "[experts, in, out], gate and up in halves or interleaved."
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -211,8 +101,8 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("source", callback=_not_empty)
-@_scheme_options
+@click.argument("source", callback=not_empty)
+@scheme_options
 @click.option(
     "--tp",
     "ranks",
@@ -224,7 +114,7 @@ def cli() -> None:
 @click.option(
     "--filter",
     "wanted",
-    callback=_expression,
+    callback=expression,
     metavar="RE",
     help="With --tensors: those whose name the regular expression is found in.",
 )
@@ -260,41 +150,41 @@ def inspect(
         raise click.UsageError("--filter and --sort go with --tensors")
     checkpoint = open_checkpoint(source)
     resources = Resources(parse_size(DEFAULT_BUDGET), _cores(), parse_size(DEFAULT_SHARD_SIZE))
-    plan = _asked(**options).plan(checkpoint, resources)
+    plan = read_options(**options).plan(checkpoint, resources)
     if ranks:
         cut = map(str, edges(plan, Config(checkpoint.config), ranks))
         plan = replace(plan, warnings=(*plan.warnings, *cut))
     if tensors:
-        with _stdout():
+        with stdout():
             for line in tensor_lines(plan, wanted, by_size=sort == "size"):
                 click.echo(line)
     else:
         _show_plan(checkpoint, plan, as_json)
     if not as_json:
-        _warn(plan.warnings)
+        warn(plan.warnings)
 
 
 @cli.command()
-@click.argument("source", callback=_not_empty)
-@click.argument("output", callback=_not_empty)
-@_scheme_options
+@click.argument("source", callback=not_empty)
+@click.argument("output", callback=not_empty)
+@scheme_options
 @click.option(
     "--device",
-    callback=_device,
+    callback=device_name,
     default="auto",
     show_default=True,
     help="Where to compute: auto, cpu, cuda (all GPUs) or cuda:N.",
 )
-@_memory_budget("Host staging and device buffers together.")
+@memory_budget_option("Host staging and device buffers together.")
 @click.option(
     "--max-shard-size",
-    callback=_size,
+    callback=as_size,
     metavar="SIZE",
     default=DEFAULT_SHARD_SIZE,
     show_default=True,
     help="The largest file to write.",
 )
-@_threads("Workers that read, quantize and write.")
+@threads_option("Workers that read, quantize and write.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the reasons; write nothing.")
 @click.option(
     "--overwrite",
@@ -304,8 +194,8 @@ def inspect(
 @click.option(
     "--restart", is_flag=True, help="Discard an unfinished run to OUTPUT instead of going on."
 )
-@_json
-@_quiet
+@json_option
+@quiet_option
 @click.pass_obj
 def quantize(
     process: Process,
@@ -337,30 +227,30 @@ def quantize(
     """
     checkpoint = open_checkpoint(source)
     resources = Resources(memory_budget, threads or _cores(), max_shard_size)
-    asked = _asked(**options)
+    asked = read_options(**options)
     plan = asked.plan(checkpoint, resources)
     now = partial(fingerprint, checkpoint, plan, asked.options(max_shard_size))
     if dry_run:
         _dry_run(checkpoint, plan, resources, device, as_json)
         with _complaining():
             target = _check(checkpoint, plan, Path(output), overwrite, now)
-            _warn(filter(None, [None if restart else unfinished_run(target, now)]))
+            warn(filter(None, [None if restart else unfinished_run(target, now)]))
         return
     target = _check(checkpoint, plan, Path(output), overwrite, now)
     directory = OutputDirectory(target, now(), overwrite, restart)
     with _kept_on_failure(directory, process.notes):
         plan, resources, devices = _for_device(plan, resources, device)
         process.signals.check()  # torch was imported
-        _warn(plan.warnings)
+        warn(plan.warnings)
         job = _Job(checkpoint, plan, resources, devices, directory, process.signals)
         there = directory.in_place
         plan, result = job.run(output, no_progress)
     if there:
-        _tell(f"{output}: finished by the run before this one, which was stopped as it tidied up")
+        tell(f"{output}: finished by the run before this one, which was stopped as it tidied up")
     else:
         with suppress(OSError):
             print_result(plan, result, sys.stderr)
-    with _stdout():
+    with stdout():
         if as_json:
             click.echo(dump(result_json(plan, result), sys.stdout.isatty()))
         else:
@@ -398,7 +288,7 @@ def _complaining() -> Iterator[None]:
     try:
         yield
     except Fp8StreamError as error:
-        _warn([str(error)])
+        warn([str(error)])
 
 
 def _dry_run(
@@ -409,7 +299,7 @@ def _dry_run(
         plan, _, _ = _for_device(plan, resources, device)
     _show_plan(checkpoint, plan, as_json)
     if not as_json:
-        _warn(plan.warnings)
+        warn(plan.warnings)
 
 
 def _for_device(
@@ -430,14 +320,14 @@ def _kept_on_failure(directory: OutputDirectory, notes: list[str]) -> Iterator[N
         with directory:
             if not directory.locked:
                 what = "this file system has no locks; let no second run write the same output"
-                _warn([f"{directory.work}: {what}"])
+                warn([f"{directory.work}: {what}"])
             try:
                 yield
             except BaseException as error:
                 notes += _kept(directory, error)
                 raise
     finally:
-        _warn(filter(None, [directory.left]))
+        warn(filter(None, [directory.left]))
 
 
 def _kept(directory: OutputDirectory, error: BaseException) -> Iterator[str]:
@@ -488,14 +378,14 @@ class _Job:
         tally = _Tally(self.directory.done(layers), start)
         if tally.there and not no_progress:
             share = 100 * self._bytes(tally.there) / max(1, self.plan.bytes_read)
-            _tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
+            tell(f"going on with an unfinished run, of which {share:.0f} % is on disk")
         job = self
         while True:
             try:
                 return job.plan, job._convert(output, no_progress, tally)
             except DeviceMemoryError as error:
                 job = job._smaller(error)
-            _warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
+            warn([f"{self.devices[0]}: out of memory; going on with smaller buffers"])
 
     def _smaller(self, error: DeviceMemoryError) -> "_Job":
         """The same job with half the memory. Raises DeviceError where that is too little."""
@@ -523,7 +413,9 @@ class _Job:
         with running_out_of_memory():
             warm_up(self.devices)
         with (
-            closing(_progress(self.plan.bytes_read, self._bytes(done), no_progress)) as progress,
+            closing(
+                open_progress(self.plan.bytes_read, self._bytes(done), no_progress)
+            ) as progress,
             CheckpointWriter(self.directory, self.plan.files, self.plan.written(done)) as writer,
             PeakMeter() as meter,
         ):
@@ -564,20 +456,22 @@ class _Job:
 
 
 @cli.command()
-@click.argument("output", callback=_not_empty)
+@click.argument("output", callback=not_empty)
 @click.option(
     "--against",
     "source",
-    callback=_not_empty,
+    callback=not_empty,
     required=True,
     metavar="SOURCE",
     help="What OUTPUT was made from: a checkpoint directory or one .safetensors file.",
 )
-@_expert_layout("How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made.")
-@_memory_budget("All buffers together.")
-@_threads("Workers that read and compare.")
-@_json
-@_quiet
+@expert_layout_option(
+    "How experts lie in one tensor of SOURCE, if it was stated when OUTPUT was made."
+)
+@memory_budget_option("All buffers together.")
+@threads_option("Workers that read and compare.")
+@json_option
+@quiet_option
 def verify(
     output: str,
     source: str,
@@ -603,9 +497,9 @@ def verify(
     checkpoint = open_checkpoint(source)
     layout = ExpertLayout(expert_layout) if expert_layout else None
     comparison = prepare(checkpoint, output, layout, memory_budget, threads or _cores())
-    with closing(_progress(comparison.bytes_read, 0, no_progress)) as progress:
+    with closing(open_progress(comparison.bytes_read, 0, no_progress)) as progress:
         verdict = _verdict(comparison, output, start, progress)
-    with _stdout():
+    with stdout():
         if as_json:
             click.echo(dump(verdict_json(verdict), sys.stdout.isatty()))
         else:
@@ -652,161 +546,16 @@ def _verdict(comparison: "Comparison", output: str, start: float, progress: "Pro
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What `quantize` and `inspect` share the options of: what would be done."""
-
-    scheme: Scheme
-    patterns: Patterns
-    experts: ExpertOptions
-
-    def plan(self, checkpoint: Checkpoint, resources: Resources) -> Plan:
-        return plan_quantization(checkpoint, self.scheme, self.patterns, resources, self.experts)
-
-    def options(self, max_shard_size: int) -> dict[str, Any]:
-        """The options that change the bytes of an output, as a fingerprint holds them."""
-        layout = self.experts.layout
-        return {
-            "--scheme": self.scheme.granularity.value,
-            "--format": self.scheme.format.value,
-            "--ignore": sorted({*self.patterns.ignore}),
-            "--include": sorted({*self.patterns.include}),
-            "--experts": self.experts.form.value,
-            "--expert-layout": layout.value if layout else None,
-            "--max-shard-size": max_shard_size,
-        }
-
-
-def _asked(
-    *,
-    scheme: str,
-    output_format: str,
-    ignore: Sequence[str],
-    include: Sequence[str],
-    ignore_from: TextIO | None,
-    experts: str,
-    expert_layout: str | None,
-) -> _Asked:
-    """What the options mean. Reads `--ignore-from`."""
-    lines = _lines_of(ignore_from) if ignore_from else ()
-    listed = (line for line in lines if line and not line.startswith("#"))
-    return _Asked(
-        Scheme(Granularity(scheme), OutputFormat(output_format)),
-        Patterns((*ignore, *listed), tuple(include)),
-        ExpertOptions(ExpertForm(experts), ExpertLayout(expert_layout) if expert_layout else None),
-    )
-
-
-def _lines_of(file: TextIO) -> tuple[str, ...]:
-    try:
-        return tuple(line.rstrip("\r\n") for line in file)
-    except UnicodeDecodeError as error:
-        raise SchemeError(f"--ignore-from {file.name}: expected UTF-8: {error}") from error
-
-
 def _show_plan(checkpoint: Checkpoint, plan: Plan, as_json: bool) -> None:
-    with _stdout():
+    with stdout():
         if as_json:
             click.echo(dump(plan_json(checkpoint, plan), sys.stdout.isatty()))
         else:
             print_plan(checkpoint, plan, sys.stdout)
 
 
-class _ReaderLeft(Exception):
-    """Whoever read our data had enough of it, as `head` does."""
-
-
-@contextmanager
-def _stdout() -> Iterator[None]:
-    """Where data is printed: a reader that left is no failure, a full disk behind it is."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise _ReaderLeft from None
-    except OSError as error:
-        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        _tell(f"warning: {warning}")
-
-
-def _tell(text: str) -> None:
-    with suppress(OSError):
-        click.echo(escape(text), err=True)
-
-
 def _cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-class Progress:
-    """What to call for every layer. This one says nothing."""
-
-    def __call__(self, done: "LayerDone | Checked") -> None:
-        """A layer was written."""
-
-    def close(self) -> None:
-        """No layer comes any more."""
-
-
-class _Bar(Progress):
-    """A bar on a terminal."""
-
-    def __init__(self, total: int, there: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total,
-            initial=there,
-            unit="iB",
-            unit_scale=True,
-            unit_divisor=1024,
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
-
-    def __call__(self, done: "LayerDone | Checked") -> None:
-        with suppress(OSError):
-            self._bar.set_description(escape(done.name), refresh=False)
-            self._bar.update(done.bytes_read)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
-
-
-class _Lines(Progress):
-    """A plain line now and then, where there is no terminal."""
-
-    def __init__(self, total: int, there: int) -> None:
-        self._total = total
-        self._there = there
-        self._done = 0
-        self._start = self._last = time.monotonic()
-
-    def __call__(self, done: "LayerDone | Checked") -> None:
-        self._done += done.bytes_read
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES or not self._done:
-            return  # what was read tells the rate
-        self._last = now
-        rate = self._done / (now - self._start)
-        reached = self._there + self._done
-        left = (self._total - reached) / rate
-        _tell(
-            f"{100 * reached / self._total:.0f} %: {format_size(reached)} of "
-            f"{format_size(self._total)}, {format_size(rate)}/s, {left:.0f} s left, {done.name}"
-        )
-
-
-def _progress(total: int, there: int, hidden: bool) -> Progress:
-    """For a run of `total` bytes, `there` of which an earlier one has read."""
-    if hidden:
-        return Progress()
-    return _Bar(total, there) if sys.stderr.isatty() else _Lines(total, there)
 
 
 def main(arguments: Sequence[str] | None = None, signals: Signals | None = None) -> int:
@@ -848,7 +597,7 @@ def _run(arguments: list[str], signals: Signals) -> int:
         # Not `cli.main`, which handles signals and pipes in ways of its own.
         with cli.make_context("fp8stream", arguments, obj=process) as context:
             cli.invoke(context)
-    except _ReaderLeft:
+    except ReaderLeft:
         return 0
     except click.exceptions.Exit as done:
         return done.exit_code
@@ -875,5 +624,5 @@ def _failed(messages: Iterable[str], code: int) -> int:
     if os.environ.get("FP8STREAM_DEBUG") == "1":
         with suppress(OSError):
             traceback.print_exc()
-    _tell(f"fp8stream: {' '.join('; '.join(messages).splitlines())}")
+    tell(f"fp8stream: {' '.join('; '.join(messages).splitlines())}")
     return code

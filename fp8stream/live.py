@@ -24,7 +24,7 @@ from fp8stream.views import Runs
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """What a rank holds of a tensor of shape `of`: a tensor of the shape `local`.
 
     It is a range of each side of `shape`, which is `of` but where matrices that lie below each
@@ -37,12 +37,12 @@ class Part:
     ranges: tuple[range, ...]
 
     @staticmethod
-    def whole(shape: Sequence[int]) -> "Part":
+    def whole(shape: Sequence[int]) -> "Share":
         sides = tuple(shape)
-        return Part(sides, sides, sides, tuple(map(range, sides)))
+        return Share(sides, sides, sides, tuple(map(range, sides)))
 
     @staticmethod
-    def cut(shape: Sequence[int], axis: int, rank: int, ranks: int, parts: int = 1) -> "Part":
+    def cut(shape: Sequence[int], axis: int, rank: int, ranks: int, parts: int = 1) -> "Share":
         """The part number `rank` of `ranks` equal ones along `axis`, or along each of the `parts`
         that lie there one after another."""
         sides, at = tuple(shape), axis % len(shape)
@@ -52,7 +52,7 @@ class Part:
         ranges = [range(side) for side in view]
         ranges[at + len(inner)] = range(rank * each, (rank + 1) * each)
         local = (*sides[:at], each * parts, *sides[at + 1 :])
-        return Part(sides, local, view, tuple(ranges))
+        return Share(sides, local, view, tuple(ranges))
 
     @property
     def is_whole(self) -> bool:
@@ -134,7 +134,7 @@ class Held:
     """A tensor of the model, or a rank's part of one; its storage stays where it is."""
 
     tensor: Tensor
-    part: Part
+    part: Share
 
     @property
     def values(self) -> Tensor:

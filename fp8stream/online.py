@@ -27,7 +27,8 @@ from fp8stream.errors import (
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, module_of
 from fp8stream.fp8 import is_finite
-from fp8stream.live import Held, ModelSink, Part
+from fp8stream.initialization import finish, uncomputable
+from fp8stream.live import Held, ModelSink, Share
 from fp8stream.mapping import Rule, checkpoint_names
 from fp8stream.memory import PeakMeter, parse_size
 from fp8stream.plan import Decisions, decide_tensors
@@ -39,14 +40,12 @@ from fp8stream.skeleton import (
     become_fp8,
     check_model,
     find_weights,
-    finish,
     give_storage,
     granularities_of,
     not_plain,
     original_tensors,
     parts_of,
     stored_tensors,
-    uncomputable,
 )
 from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source
 from fp8stream.stream import LayerDone
@@ -199,7 +198,7 @@ def _load(
         become_fp8(model, fitted.quantized, coming.placement.ties)
         ours.apply(model)
         object.__setattr__(model, _RECIPE, recipe)
-        give_storage(model, how.device, spoil=not how.strict)
+        give_storage(model, how.device, spoiled=not how.strict)
         sink = ModelSink(_held(model), fitted.copied, coming.specs)
         read = coming.stream(Course(fitted, sink, how.device, how.budget, how.progress))
         read -= sink.passed_over
@@ -365,7 +364,7 @@ def _held(model: nn.Module) -> dict[str, Held]:
     """The model's tensors as targets, under each of their names."""
     parts = parts_of(model)
     tensors = stored_tensors(model).items()
-    return {name: Held(t, parts.get(name) or Part.whole(t.shape)) for name, t in tensors}
+    return {name: Held(t, parts.get(name) or Share.whole(t.shape)) for name, t in tensors}
 
 
 def _bare(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from fp8stream.errors import SchemeError
 from fp8stream.fitting import Fit
 from fp8stream.fused_experts import ExpertsForm, FP8Experts, describe_experts
 from fp8stream.linear import FP8Linear, is_linear
-from fp8stream.live import Part
+from fp8stream.live import Share
 from fp8stream.places import Matrix, Place
 from fp8stream.plan import LayerPlan
 from fp8stream.scheme import BLOCK, Granularity
@@ -84,7 +84,7 @@ class Group:
 class Spread:
     """What a rank holds: `parts` of tensors, by name, and for modules what makes them work."""
 
-    parts: dict[str, Part] = field(default_factory=dict)
+    parts: dict[str, Share] = field(default_factory=dict)
     joins: dict[str, Callable[[nn.Module], None]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -299,7 +299,7 @@ class _Spreading:
             self.sides.append(Side(name, "outputs", outputs, size, "an attention head"))
 
     def _cut(self, name: str, shape: tuple[int, ...], axis: int, parts: int = 1) -> None:
-        self.found.parts[name] = Part.cut(shape, axis, self._group.rank, self._group.size, parts)
+        self.found.parts[name] = Share.cut(shape, axis, self._group.rank, self._group.size, parts)
 
     def _join(self, name: str, how: "Callable[[Group, nn.Module], None]") -> None:
         joined, first = partial(how, self._group), self.found.joins.get(name)
@@ -423,7 +423,7 @@ def _around(module: nn.Module, new: Callable[..., Tensor]) -> None:
 # What need not be read
 
 
-def trimmed(fit: Fit, parts: Mapping[str, Part]) -> Fit:
+def trimmed(fit: Fit, parts: Mapping[str, Share]) -> Fit:
     """Without what other ranks alone hold: rows whose scales are their own, and experts."""
     if not parts:
         return fit
@@ -435,7 +435,7 @@ def trimmed(fit: Fit, parts: Mapping[str, Part]) -> Fit:
     return replace(fit, layers=some, units=units, tensors=tensors)
 
 
-def _trimmed(layer: LayerPlan, parts: Mapping[str, Part]) -> LayerPlan:
+def _trimmed(layer: LayerPlan, parts: Mapping[str, Share]) -> LayerPlan:
     held = [(weight, _held_of(weight, parts.get(weight.codes.name))) for weight in layer.weights]
     if layer.shares_scale:
         # A scale is that of all that shares it.
@@ -445,14 +445,14 @@ def _trimmed(layer: LayerPlan, parts: Mapping[str, Part]) -> LayerPlan:
     return LayerPlan(layer.number, layer.name, weights, layer.kept)
 
 
-def _held_of(weight: WeightPlan, part: Part | None) -> list[range]:
+def _held_of(weight: WeightPlan, part: Share | None) -> list[range]:
     """The rows of the weight that a part of the tensor has, in runs."""
     rows, columns = weight.shape
     if part is None:
         return [range(rows)]
     first, step = weight.codes_at.first // columns, weight.codes_at.row_step // columns
     every = math.prod(part.of[:-1])
-    of_rows = Part((every,), (), part.shape[:-1], part.ranges[:-1])
+    of_rows = Share((every,), (), part.shape[:-1], part.ranges[:-1])
     region = (range(first, first + (rows - 1) * step + 1, step if rows > 1 else 1),)
     inside = of_rows.inside(Place("", "", (every,), region, 0, (1,)))
     return _joined(

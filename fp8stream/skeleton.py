@@ -1,13 +1,11 @@
 """Surgery on a live model: which of its weights can be FP8, and making them so.
 
 A skeleton lies on meta; storage is given once the modules are what they will be. What a model has
-under several names stays one tensor, and what no checkpoint holds is computed as the model would.
+under several names stays one tensor.
 """
 
-import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +17,8 @@ from fp8stream.errors import CheckpointError, DeviceError
 from fp8stream.fitting import Weight
 from fp8stream.fused_experts import FP8Experts, describe_experts
 from fp8stream.linear import FP8Linear, is_linear, runs_its_class
-from fp8stream.live import Part
-from fp8stream.mapping import Placement, model_tensors
+from fp8stream.live import Share
+from fp8stream.mapping import model_tensors
 from fp8stream.scheme import Granularity
 
 # What accelerate puts on a module instead of its forward belongs to its hooks.
@@ -29,19 +27,23 @@ _LEFT = {"forward", "_old_forward", "_hf_hook"}
 
 def check_model(model: nn.Module) -> None:
     """Raises CheckpointError or DeviceError for a model that nothing can be loaded into."""
-    aliased = _aliased(model)
+    aliased = aliased_storages(model)
     for name, module in model.named_modules():
         if "_hf_hook" in vars(module):
             raise DeviceError(
                 f"{name or 'the model'}: was spread over devices by accelerate, whose hooks would "
                 "move what is loaded; load first, then spread it"
             )
-        for leaf, tensor in _own(module):
+        for leaf, tensor in own_tensors(module):
             if is_lazy(tensor):
                 raise CheckpointError(
                     f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
                 )
-            if _overlaps(tensor) and not _unsaved(module, leaf) and not _is_alone(tensor, aliased):
+            if (
+                _overlaps(tensor)
+                and not is_unsaved(module, leaf)
+                and not _is_alone(tensor, aliased)
+            ):
                 raise CheckpointError(
                     f"{name}.{leaf}: its elements share memory, as after `expand`, and cannot be "
                     "loaded each; give it storage of its own with clone(), then load"
@@ -158,17 +160,17 @@ def _meta(shape: Any) -> Tensor:
 _PARTS = "_fp8stream_parts"
 
 
-def parts_of(model: nn.Module) -> Mapping[str, Part]:
+def parts_of(model: nn.Module) -> Mapping[str, Share]:
     """What is held here of each tensor that is spread over ranks, by its name."""
-    parts: Mapping[str, Part] = getattr(model, _PARTS, {})
+    parts: Mapping[str, Share] = getattr(model, _PARTS, {})
     return parts
 
 
-def hold_parts(model: nn.Module, parts: Mapping[str, Part]) -> None:
+def hold_parts(model: nn.Module, parts: Mapping[str, Share]) -> None:
     """Leaves of each tensor in `parts` that part, ties staying ties."""
     held: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in _own(module):
+        for name, tensor in own_tensors(module):
             part = parts.get(f"{path}.{name}" if path else name)
             if part is None or tuple(tensor.shape) != part.of:
                 continue
@@ -178,7 +180,7 @@ def hold_parts(model: nn.Module, parts: Mapping[str, Part]) -> None:
                 if isinstance(tensor, nn.Parameter):
                     new = _parameter_like(tensor, new, tensor.requires_grad)
                 held[id(tensor)] = new
-            _put(module, name, held[id(tensor)])
+            put_tensor(module, name, held[id(tensor)])
     object.__setattr__(model, _PARTS, dict(parts))
 
 
@@ -260,49 +262,49 @@ def storage(like: Tensor, device: torch.device) -> Tensor:
     return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=device)
 
 
-def give_storage(model: nn.Module, device: torch.device, spoil: bool = False) -> None:
+def give_storage(model: nn.Module, device: torch.device, spoiled: bool = False) -> None:
     """Gives whatever of the model lies on meta storage on `device`; ties and aliases stay that.
 
     Buffers that no checkpoint holds wait for `finish`. Dtypes are those of the skeleton, but for
-    what transformers would keep in float32. With `spoil` storage begins as NaN, so that whatever
+    what transformers would keep in float32. With `spoiled` storage begins as NaN, so that whatever
     nothing comes for shows.
     """
     given: dict[int, Tensor] = {}
     bases: dict[int, Tensor] = {}
-    aliased = _aliased(model)
+    aliased = aliased_storages(model)
     for path, module in model.named_modules():
-        for name, tensor in _own(module):
+        for name, tensor in own_tensors(module):
             place = tensor.untyped_storage()._cdata
-            if not tensor.is_meta or (_unsaved(module, name) and place not in aliased):
+            if not tensor.is_meta or (is_unsaved(module, name) and place not in aliased):
                 continue
             if id(tensor) not in given:
                 if place in aliased:
                     new = _view(tensor, bases, device)
                 else:
                     new = storage(_wide(tensor, model, f"{path}.{name}"), device)
-                if spoil and not _overlaps(new):
-                    _spoil(new)
+                if spoiled and not _overlaps(new):
+                    spoil(new)
                 if isinstance(tensor, nn.Parameter):
                     grad = tensor.requires_grad and tensor.is_floating_point()
                     new = _parameter_like(tensor, new, grad)
-                if not _unsaved(module, name):
-                    _mark_empty(new)
+                if not is_unsaved(module, name):
+                    mark_empty(new)
                 given[id(tensor)] = new
-            _put(module, name, given[id(tensor)])
+            put_tensor(module, name, given[id(tensor)])
 
 
-def _unsaved(module: nn.Module, name: str) -> bool:
+def is_unsaved(module: nn.Module, name: str) -> bool:
     return name in module._non_persistent_buffers_set
 
 
-def _aliased(model: nn.Module) -> set[int]:
+def aliased_storages(model: nn.Module) -> set[int]:
     """The storages on meta that several tensors look at, one of them to be loaded."""
     seen: dict[int, dict[int, bool]] = {}
     for module in model.modules():
-        for name, tensor in _own(module):
+        for name, tensor in own_tensors(module):
             if tensor.is_meta:
                 views = seen.setdefault(tensor.untyped_storage()._cdata, {})
-                views[id(tensor)] = not _unsaved(module, name)
+                views[id(tensor)] = not is_unsaved(module, name)
     return {at for at, views in seen.items() if len(views) > 1 and any(views.values())}
 
 
@@ -317,7 +319,7 @@ def _view(tensor: Tensor, bases: dict[int, Tensor], device: torch.device) -> Ten
     return empty.set_(base, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _spoil(tensor: Tensor) -> None:
+def spoil(tensor: Tensor) -> None:
     """Fills the tensor with NaN, or, where its dtype has none, with zeros."""
     if tensor.dtype == torch.float8_e4m3fn:
         tensor.view(torch.uint8).fill_(0x7F)
@@ -339,14 +341,14 @@ def _parameter_like(old: nn.Parameter, new: Tensor, requires_grad: bool) -> nn.P
     return parameter
 
 
-def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for tensors in (module._parameters, module._buffers):
         for name, tensor in list(tensors.items()):
             if tensor is not None:
                 yield name, tensor
 
 
-def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def put_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name in module._parameters:
         assert isinstance(tensor, nn.Parameter)
         module._parameters[name] = tensor
@@ -354,205 +356,17 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
         module._buffers[name] = tensor
 
 
-def finish(model: nn.Module, placement: Placement, device: torch.device) -> list[str]:
-    """Ties what is tied, and has the model compute what no checkpoint holds: buffers that are not
-    saved, and what it says it can do without and nothing came for.
-
-    The names of what nobody knows how to compute. Of that, a buffer that is not saved is NaN, or
-    zeros where its dtype has no NaN. What had values before the load keeps them.
-    """
-    for name, filled in placement.ties.items():
-        _tie(model, name, filled)
-    partial = {*placement.optional} & {*placement.by_target}
-    absent = [n for n in placement.optional if n not in partial and _is_empty(_find(model, n))]
-    unsaved = _waiting(model)
-    made, unknown = _compute(model, [*unsaved, *absent])
-    for name, values in made.items():
-        _give(model, name, values, device)
-    for name in unknown & {*unsaved}:
-        _give(model, name, None, device)
-    for tensor in _tensors(model).values():
-        vars(tensor).pop(_EMPTY, None)
-    for name in unknown:
-        _mark_empty(_find(model, name))
-    return sorted(unknown | partial)
-
-
-def uncomputable(model: nn.Module) -> list[str]:
-    """The buffers on meta that no checkpoint holds and that the model does not compute either.
-
-    Nothing changes. What a load would say at its end can be said before it begins.
-    """
-    state = torch.get_rng_state()
-    _, unknown = _compute(model, _waiting(model))
-    torch.set_rng_state(state)
-    return sorted(unknown)
-
-
-def _tie(model: nn.Module, name: str, filled: str) -> None:
-    path, _, leaf = name.rpartition(".")
-    source, _, source_leaf = filled.rpartition(".")
-    module, holder = model.get_submodule(path), model.get_submodule(source)
-    tensor = holder._parameters.get(source_leaf)
-    if tensor is not None and leaf in module._parameters:
-        module._parameters[leaf] = tensor
-
-
 # Storage that nothing was written to is known by its version: whatever is written makes another.
-_EMPTY = "_fp8stream_empty"
+EMPTY = "_fp8stream_empty"
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _mark_empty(tensor: Tensor) -> None:
-    setattr(tensor, _EMPTY, _version(tensor))
+def mark_empty(tensor: Tensor) -> None:
+    setattr(tensor, EMPTY, _version(tensor))
 
 
-def _is_empty(tensor: Tensor) -> bool:
-    return getattr(tensor, _EMPTY, None) == _version(tensor)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under one of its names, saved or not."""
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, module in model.named_modules()
-        for name, tensor in _own(module)
-    }
-
-
-def _find(model: nn.Module, name: str) -> Tensor:
-    module, leaf = _owner(model, name)
-    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
-    assert tensor is not None
-    return tensor
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def _waiting(model: nn.Module) -> list[str]:
-    """Buffers that are not saved, and have no values; those that see what is saved have."""
-    aliased = _aliased(model)
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name, tensor in _own(module)
-        if _unsaved(module, name)
-        and (tensor.is_meta or _is_empty(tensor))
-        and not (tensor.is_meta and tensor.untyped_storage()._cdata in aliased)
-    ]
-
-
-def _give(model: nn.Module, name: str, values: Tensor | None, device: torch.device) -> None:
-    """Puts `values` where the tensor of that name is or will be; NaN where there are none."""
-    old = _find(model, name)
-    if not old.is_meta:
-        if values is not None:
-            old.detach().copy_(values)
-        return
-    new = storage(old if values is None else values, device)
-    if values is None:
-        _spoil(new)
-    else:
-        new.copy_(values)
-    for other in model.modules():
-        for key, tensor in _own(other):
-            if tensor is old:
-                _put(other, key, new)
-
-
-def _compute(model: nn.Module, names: Iterable[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """Values on the host, as the model's own initialization has them, for tensors of `names`; and
-    the names of those that it leaves alone.
-
-    Twice, over different content: what differs afterwards is what nobody wrote.
-    """
-    wanted = {name: _owner(model, name) for name in names}
-    if not wanted:
-        return {}, set()
-    state = torch.get_rng_state()
-    rounds: list[dict[str, Tensor]] = []
-    for value in (0, 1):
-        # What is random is the same both times.
-        torch.set_rng_state(state)
-        beside = _standing_in(model, {id(_find(model, name)) for name in wanted}, value)
-        with torch.no_grad(), torch.device("cpu"), beside:
-            _initialize(model, wanted)
-            rounds.append({name: _find(model, name).detach() for name in wanted})
-    one, two = rounds
-    made = {n: t for n, t in one.items() if not two[n].is_meta and _alike(t, two[n])}
-    return made, {*wanted} - {*made}
-
-
-def _alike(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and not one.is_meta and torch.equal(one, two)
-
-
-@contextmanager
-def _standing_in(model: nn.Module, wanted: set[int], value: int) -> Iterator[None]:
-    """Puts others in the places of all tensors: those to compute on the host and full of `value`,
-    and all others on meta, so that what is loaded cannot be written to."""
-    stand_ins: dict[int, Tensor] = {}
-    before = [(module, dict(_own(module))) for module in model.modules()]
-    for module, own in before:
-        for name, tensor in own.items():
-            if id(tensor) not in stand_ins:
-                stand_ins[id(tensor)] = _stand_in(tensor, value if id(tensor) in wanted else None)
-            _put(module, name, stand_ins[id(tensor)])
-    try:
-        yield
-    finally:
-        for module, own in before:
-            for name, tensor in own.items():
-                _put(module, name, tensor)
-
-
-def _stand_in(tensor: Tensor, value: int | None) -> Tensor:
-    new = storage(tensor.detach(), torch.device("meta" if value is None else "cpu"))
-    if value is not None:
-        new.fill_(value)
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=False)
-    # This is how transformers knows what is loaded.
-    new._is_hf_initialized = value is None  # type: ignore[attr-defined]
-    return new
-
-
-def _initialize(model: nn.Module, wanted: Mapping[str, tuple[nn.Module, str]]) -> None:
-    """Initializes the modules of what is wanted, and those around them, as transformers would."""
-    touched: set[int] = set()
-    for name in wanted:
-        path = name.split(".")[:-1]
-        touched |= {id(model.get_submodule(".".join(path[:n]))) for n in range(len(path) + 1)}
-    for model_of_it, module in _from_below(model, None, touched):
-        try:
-            model_of_it._init_weights(module)
-        except Exception:
-            # Whatever it was: what is not computed for it will be named.
-            continue
-
-
-def _from_below(
-    module: nn.Module, model_of_it: Any, touched: set[int]
-) -> Iterator[tuple[Any, nn.Module]]:
-    """Modules after their children, each with the innermost model around it that initializes."""
-    if id(module) not in touched:
-        return
-    if _initializes(module, model_of_it):
-        model_of_it = module
-    for child in module.children():
-        yield from _from_below(child, model_of_it, touched)
-    if model_of_it is not None:
-        yield model_of_it, module
-
-
-def _initializes(module: nn.Module, around: Any) -> bool:
-    """Whether the module initializes what is in it; inside a model of any library only one of
-    transformers does."""
-    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
-    return isinstance(module, base) or (around is None and hasattr(module, "_init_weights"))
+def is_empty(tensor: Tensor) -> bool:
+    return getattr(tensor, EMPTY, None) == _version(tensor)

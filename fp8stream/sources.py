@@ -29,7 +29,7 @@ from fp8stream.held import GivenTensors, HeldTensors, spec_like, spec_of
 from fp8stream.live import ModelSink
 from fp8stream.mapping import Rule, checkpoint_names, find_places
 from fp8stream.memory import plan_workspace
-from fp8stream.places import Place
+from fp8stream.places import Place, whole
 from fp8stream.plan import Decisions, LayerPlan, Task, demand_of, tasks_of
 from fp8stream.reader import Reader, Shards
 from fp8stream.scheme import Granularity
@@ -302,8 +302,7 @@ class OneByOne(Incoming):
             if self._comes_first(given, given):
                 yield given, tensor
             return
-        found = find_places(self._model, [(given, tuple(tensor.shape))], None, self._targets)
-        places = found.by_source.get(given, ())
+        places = self._own_place(given, tensor) or self._foreign_places(given, tensor)
         if not places:
             self.unexpected.append(given)
             return
@@ -316,6 +315,19 @@ class OneByOne(Incoming):
         for name in names:
             if self._comes_first(name, given):
                 yield name, self._taken(name, places, tensor)
+
+    def _own_place(self, given: str, tensor: Tensor) -> list[Place]:
+        """The place of a tensor that is called as one of the model's is, which need not be looked
+        up."""
+        shape = tuple(tensor.shape)
+        if given not in self._targets or shape != tuple(self._targets[given].shape):
+            return []
+        target = self.placement.ties.get(given, given)
+        return [piece.place(target, shape) for piece in whole(given, shape)]
+
+    def _foreign_places(self, given: str, tensor: Tensor) -> Sequence[Place]:
+        shapes = [(given, tuple(tensor.shape))]
+        return find_places(self._model, shapes, None, self._targets).by_source.get(given, ())
 
     def _near(self, places: Sequence[Place]) -> Iterator[str]:
         """The expected tensors that go to the same targets."""

@@ -173,7 +173,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """A live model's storage begins as NaN: what nothing is written to shows."""
-    from fp8stream import skeleton
+    from fp8stream import initialization, skeleton
 
     fresh = skeleton.storage
 
@@ -187,4 +187,5 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor.fill_(-1)
         return tensor
 
-    monkeypatch.setattr(skeleton, "storage", spoil)
+    for module in (skeleton, initialization):
+        monkeypatch.setattr(module, "storage", spoil)

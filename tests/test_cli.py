@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8stream import cli
+from fp8stream import cli, console, options
 from fp8stream.stream import LayerDone
 from tests.conftest import Run, llama_tensors, write_checkpoint
 
@@ -192,9 +192,9 @@ def test_streams_that_are_closed_are_not_what_a_run_opens_next(llama: Path) -> N
 
 def test_a_line_before_anything_was_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setattr(cli, "_tell", told.append)
-    lines = cli._Lines(10, 0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(console, "tell", told.append)
+    lines = console._Lines(10, 0)
     for size in (0, 5):
         time.sleep(0.001)
         lines(LayerDone("layer", size, size))
@@ -248,7 +248,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(
     os.close(master)
     assert "%|" in seen
     assert "iB/s" in seen
-    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
     lines = run("quantize", llama, tmp_path / "two").err.splitlines()
     assert any("/s, " in line and "left, model.layers.1" in line for line in lines)
     quiet = run("quantize", llama, tmp_path / "three", "-q").err
@@ -340,7 +340,7 @@ def test_what_we_did_not_foresee_is_one_line_too(
     def fail(*arguments: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(cli, "plan_quantization", fail)
+    monkeypatch.setattr(options, "plan_quantization", fail)
     done = run("inspect", llama)
     assert (done.code, len(done.err.splitlines())) == (1, 1)
     monkeypatch.setenv("FP8STREAM_DEBUG", "1")

@@ -13,6 +13,8 @@ import fp8stream
 HOUSE = [
     "__main__",
     "cli",
+    "options",
+    "console",
     "saving",
     "online",
     "sources",
@@ -24,6 +26,7 @@ HOUSE = [
     "stream",
     "work",
     "reads",
+    "initialization",
     "skeleton",
     "waiting",
     "fitting",
@@ -109,6 +112,8 @@ PURE = {
 }
 NO_TORCH = PURE | {
     "cli",
+    "options",
+    "console",
     "report",
     "checkpoint",
     "header",

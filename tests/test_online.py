@@ -336,8 +336,8 @@ def test_rows_in_turns_are_written_at_once_and_only_once() -> None:
     """A rank that holds some rows gets those; a run that comes again is refused."""
     every, mine = (torch.zeros(n, 4, dtype=torch.float8_e4m3fn) for n in (6, 3))
     codes = torch.arange(1, 25, dtype=torch.uint8).view(6, 4)
-    some = live.Part((6, 4), (3, 4), (6, 4), (range(1, 4), range(4)))
-    for tensor, part in ((every, live.Part.whole((6, 4))), (mine, some)):
+    some = live.Share((6, 4), (3, 4), (6, 4), (range(1, 4), range(4)))
+    for tensor, part in ((every, live.Share.whole((6, 4))), (mine, some)):
         sink = live.ModelSink({"w": live.Held(tensor, part)}, {}, {})
         for turn in (0, 1):
             runs = Runs(turn * 4, 4, 8, 3)

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from fp8stream import online
 from fp8stream.errors import CheckpointError
 from fp8stream.fused_experts import FP8Experts
+from fp8stream.initialization import finish, uncomputable
 from fp8stream.linear import FP8Linear, is_linear
-from fp8stream.live import Part as Held
+from fp8stream.live import Share as Held
 from fp8stream.mapping import Part, find_places, model_tensors
 from fp8stream.scheme import Granularity
 from fp8stream.skeleton import (
     become_fp8,
     find_weights,
-    finish,
     give_storage,
     hold_parts,
     not_plain,
     original_tensors,
-    uncomputable,
 )
 from tests.oracle import same
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fp8stream.errors import CheckpointError, SchemeError
 from fp8stream.fused_experts import FP8Experts
 from fp8stream.linear import FP8Linear
-from fp8stream.live import Part
+from fp8stream.live import Share
 from fp8stream.online import load_into, reload
 from fp8stream.places import Place, strides
 from fp8stream.saving import save
@@ -437,7 +437,7 @@ def test_a_part_takes_what_is_its_own(data: st.DataObject) -> None:
     whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
     rank = data.draw(st.integers(0, ranks - 1))
     cut = [half.chunk(ranks, axis)[rank] for half in whole.chunk(parts, axis)]
-    part, wanted = Part.cut(shape, axis, rank, ranks, parts), torch.cat(cut, axis)
+    part, wanted = Share.cut(shape, axis, rank, ranks, parts), torch.cat(cut, axis)
     assert torch.equal(part.of_whole(whole), wanted)
     assert part.local == wanted.shape
     placed = torch.full(part.local, -1.0)
