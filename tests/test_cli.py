@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8stream import cli, console, options
+from fp8stream import console, options
 from fp8stream.stream import LayerDone
 from tests.conftest import Run, llama_tensors, write_checkpoint
 
