@@ -222,8 +222,8 @@ class FP8Experts(FP8Module):
         codes = getattr(self, name).data[expert]
         scale = getattr(self, f"{name}_scale").data[expert]
         parts, interleaved = self.form.parts(name), self.form.interleaved
-        place = scale if scale.ndim == 1 else _part(scale, part, parts, interleaved)
-        return _part(codes, part, parts, interleaved), place
+        place = scale if scale.ndim == 1 else part_of(scale, part, parts, interleaved)
+        return part_of(codes, part, parts, interleaved), place
 
     def dequantize(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """Weight `name` [experts, out, in] as numbers, whatever the original's layout was."""
@@ -231,7 +231,7 @@ class FP8Experts(FP8Module):
         parts = self.form.parts(name)
         for expert in range(self.num_experts):
             for part in range(parts):
-                place = _part(numbers[expert], part, parts, self.form.interleaved)
+                place = part_of(numbers[expert], part, parts, self.form.interleaved)
                 place.copy_(dequantized(*self.part(name, expert, part), dtype))
         return numbers
 
@@ -344,7 +344,7 @@ class FP8Experts(FP8Module):
         )
 
 
-def _part(rows: Tensor, part: int, parts: int, interleaved: bool) -> Tensor:
+def part_of(rows: Tensor, part: int, parts: int, interleaved: bool) -> Tensor:
     """The rows of a part, where parts lie one below the other or in turns."""
     if interleaved:
         return rows[part::parts]
@@ -404,8 +404,8 @@ def _multiply_parts(
         return multiply_codes(x, x_scale, weight, scale, bias, dtype)
     products = []
     for part in range(parts):
-        codes, grid = (_part(rows, part, parts, interleaved) for rows in (weight, scale))
-        added = None if bias is None else _part(bias, part, parts, interleaved)
+        codes, grid = (part_of(rows, part, parts, interleaved) for rows in (weight, scale))
+        added = None if bias is None else part_of(bias, part, parts, interleaved)
         products.append(multiply_codes(x, x_scale, codes, grid, added, dtype))
     return torch.stack(products, 2).flatten(1) if interleaved else torch.cat(products, 1)
 

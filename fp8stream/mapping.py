@@ -129,34 +129,25 @@ def find_places(
     shapes = _unique(tensors)
     rules = [_Rule(key, rule) for key, rule in (mapping or {}).items()]
     found = _Search(model, {name: tuple(tensor.shape) for name, tensor in wanted.items()})
-    rest = [name for name in shapes if not _follow(found, rules, name, shapes[name])]
-    library = Library.of(model)
-    if library is None:
-        for name in rest:
-            found.same(name, name, shapes[name])
-        conversions: tuple[Any, ...] = ()
-    else:
-        conversions = convert_in(library, found, {name: shapes[name] for name in rest})
-    unused = tuple(rule.key for rule in rules if not rule.matched)
+    rest = {name: shape for name, shape in shapes.items() if not _follow(found, rules, name, shape)}
+    conversions = _by_name(found, model, rest)
     found.check_shapes()
     ties = _ties(model, wanted)
     places, duplicates = _once(found, ties)
-    dispensable = _dispensable(model)
-    missing: list[Missing] = []
-    optional: list[Missing] = []
-    for gap in found.missing(places, ties):
-        (optional if dispensable(gap.target) else missing).append(gap)
+    lacking = found.missing(places, ties)
+    known = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    optional = dict.fromkeys(gap.target for gap in lacking if known and known.search(gap.target))
     return Placement(
         places=tuple(places),
         composed=tuple(found.composed),
         ties=ties,
         duplicates=tuple(duplicates),
-        missing=tuple(missing),
-        optional=tuple(dict.fromkeys(gap.target for gap in optional)),
+        missing=tuple(gap for gap in lacking if gap.target not in optional),
+        optional=tuple(optional),
         unexpected=tuple(found.unexpected),
         ignored=tuple(found.ignored),
         stranded=tuple(found.stranded),
-        unused=unused,
+        unused=tuple(rule.key for rule in rules if not rule.matched),
         leftover=tuple(found.leftover),
         conversions=conversions,
     )
@@ -295,6 +286,16 @@ def _follow(found: Findings, rules: Sequence[_Rule], name: str, shape: Shape) ->
     return bool(said)
 
 
+def _by_name(found: Findings, model: nn.Module, shapes: Mapping[str, Shape]) -> tuple[Any, ...]:
+    """Places tensors as transformers would, for its models; the conversions that it took."""
+    library = Library.of(model)
+    if library is not None:
+        return convert_in(library, found, shapes)
+    for name, shape in shapes.items():
+        found.same(name, name, shape)
+    return ()
+
+
 def _indices(index: Index, match: re.Match[str]) -> tuple[int | slice, ...]:
     def number(item: Any) -> Any:
         return int(match.expand(item)) if isinstance(item, str) else item
@@ -392,12 +393,6 @@ def _ties(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
             seen.add(ties[name])
             ties[name] = ties[ties[name]]
     return ties
-
-
-def _dispensable(model: nn.Module) -> Callable[[str], bool]:
-    """Whether the model says that it can do without the tensor of a name."""
-    optional = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    return lambda name: bool(optional and optional.search(name))
 
 
 def _kept(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

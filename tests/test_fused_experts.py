@@ -11,8 +11,7 @@ from torch import nn
 
 from fp8stream.errors import SchemeError
 from fp8stream.fp8 import quantize_weight
-from fp8stream.fused_experts import FP8Experts, describe_experts
-from fp8stream.fused_experts import _part as part_of
+from fp8stream.fused_experts import FP8Experts, describe_experts, part_of
 from fp8stream.linear import FP8Linear
 from fp8stream.scheme import Granularity
 from fp8stream.skeleton import find_weights
