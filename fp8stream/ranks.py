@@ -118,6 +118,11 @@ def spread(
                 f"tp_plan: {name} and {filled} are one tensor, but are cut differently; name both "
                 "alike"
             )
+    if not found.parts:
+        raise SchemeError(
+            f"tp_plan: nothing of {type(model).__name__} is cut by it: expected names such as "
+            f"{', '.join(spreading.names[1:4])}"
+        )
     if plan is not None:
         rest = unused(plan, spreading.names)
         found.warnings += [f"tp_plan: {name} is nothing of the model" for name in rest]

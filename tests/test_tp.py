@@ -377,6 +377,11 @@ def test_experts_with_tensor_scales_are_reloaded_together(
             r"model\.norm: a rank cannot have outputs.* of LlamaRMSNorm in 16 bit; leave it whole",
         ),
         (
+            "llama",
+            {"tp_size": 2, "tp_plan": {"model.layer.*.q_proj": "colwise"}},
+            "tp_plan: nothing of LlamaForCausalLM is cut by it: expected names such as model,",
+        ),
+        (
             "gpt_oss",
             {"tp_size": 2, "experts": "keep", "tp_plan": {"*.experts": "moe_tp_experts"}},
             "cannot have some of each expert's intermediate size of GptOssExperts in 16 bit",
