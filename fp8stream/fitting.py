@@ -213,6 +213,9 @@ class Fitting:
             return None, ""
         if sources & self.coded.keys():
             return self._of_codes(weight, places, fixed)
+        other = {self._specs[name].dtype for name in sources} - {*SOURCE_DTYPES}
+        if fixed and other:
+            return None, f"it comes in {other.pop()}, expected {', '.join(SOURCE_DTYPES)}"
         found = {self.chosen.get(name) for name in sources}
         if fixed or len(found) == 1:
             return fixed or found.pop(), ""

@@ -58,6 +58,16 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def size_of(option: str, size: str | int) -> int:
+    """Bytes in an option of the Python interface. Raises BudgetError for what is no size."""
+    if isinstance(size, int):
+        return size
+    try:
+        return parse_size(size)
+    except (ValueError, AttributeError):
+        raise BudgetError(f"{option}: expected bytes or a size as '1GiB', found {size!r}") from None
+
+
 def format_size(size: float) -> str:
     """`size` bytes for the eye, in binary units: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

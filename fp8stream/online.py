@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.device import find_devices
 from fp8stream.errors import (
-    BudgetError,
     CheckpointError,
     ReloadError,
     SchemeError,
@@ -30,7 +29,7 @@ from fp8stream.fp8 import is_finite
 from fp8stream.initialization import finish, uncomputable
 from fp8stream.live import Held, ModelSink, Share
 from fp8stream.mapping import Rule, checkpoint_names
-from fp8stream.memory import PeakMeter, parse_size
+from fp8stream.memory import PeakMeter, size_of
 from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
 from fp8stream.ranks import Group, Spread, spread, trimmed
@@ -139,7 +138,7 @@ def load_into(
     WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.
     """
     recipe = _recipe(scheme, ignore, include, experts, mapping, (tp_rank, tp_size))
-    where, budget = find_devices(str(device))[0], _bytes(memory_budget)
+    where, budget = find_devices(str(device))[0], size_of("memory_budget", memory_budget)
     how = _How(where, budget, strict, tp_plan, progress or _nothing)
     return _load(_bare(model), source, recipe, how)
 
@@ -251,7 +250,7 @@ def reload(
     if not isinstance(recipe, _Recipe) or not recipe.whole:
         raise CheckpointError("reload: expected a model that fp8stream.load_into loaded")
     check_model(model)
-    held, budget = _held(model), _bytes(memory_budget)
+    held, budget = _held(model), size_of("memory_budget", memory_budget)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
     coming = open_source(model, source, recipe.request)
     fitted = coming.fit(model, granularities_of(model), together=recipe.units)
@@ -315,7 +314,7 @@ def quantize_model(
     tensors = stored_tensors(model)
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     recipe = _recipe(scheme, ignore, include, experts)
-    how = _How(device, _bytes(_BUDGET), True, None, _nothing)
+    how = _How(device, size_of("memory_budget", _BUDGET), True, None, _nothing)
     return _load(model, _Taken(model), recipe, how, partial(_check_finite, model))
 
 
@@ -427,18 +426,6 @@ def _names(option: str, patterns: Sequence[str]) -> tuple[str, ...]:
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise SchemeError(f"{option}: expected a list of names, found {patterns!r}")
     return tuple(patterns)
-
-
-def _bytes(budget: str | int) -> int:
-    """Raises BudgetError for what is no size."""
-    if isinstance(budget, int):
-        return budget
-    try:
-        return parse_size(budget)
-    except (ValueError, TypeError, AttributeError):
-        raise BudgetError(
-            f"memory_budget: expected bytes or a size as '1GiB', found {budget!r}"
-        ) from None
 
 
 def _result(

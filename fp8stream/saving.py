@@ -21,7 +21,7 @@ from fp8stream.fitting import Weight
 from fp8stream.header import Shard
 from fp8stream.held import spec_like
 from fp8stream.mapping import checkpoint_names
-from fp8stream.memory import parse_size
+from fp8stream.memory import size_of
 from fp8stream.output import OutputDirectory
 from fp8stream.places import Place, strides
 from fp8stream.plan import Plan, Resources, plan_quantization
@@ -53,7 +53,7 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
     if parts_of(model):
         raise SchemeError("save: the model is spread over ranks; save one that is loaded whole")
     stored = _Stored.of(model)
-    size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    size = size_of("max_shard_size", max_shard_size)
     plan = _plan(model, stored, size)
     target = Path(os.path.realpath(directory))
     with (

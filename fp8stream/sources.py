@@ -73,6 +73,10 @@ def open_source(model: nn.Module, source: Source, request: Request) -> "Incoming
         checkpoint = open_weights(source, _described(model))
         reader = Reader(checkpoint.directory, checkpoint.shards)
         return Known(model, checkpoint, request, reader)
+    if not isinstance(source, Iterable):
+        raise CheckpointError(
+            f"expected a checkpoint directory, a file, or names and tensors, found {source!r:.60}"
+        )
     if isinstance(source, Mapping):
         source = list(source.items())
     if not isinstance(source, Sequence) and request.mapping is not None:

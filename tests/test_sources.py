@@ -175,6 +175,7 @@ def test_signs_that_are_only_noted_are_seen() -> None:
         ({"embed.weight": None}, "'embed.weight': expected a torch.Tensor"),
         ([("embed.weight", 3)], "'embed.weight': expected a torch.Tensor"),
         ([3], "expected names and tensors, found 3"),
+        (3, "expected a checkpoint directory, a file, or names and tensors, found 3"),
         ({"embed.weight": torch.ones(512, HIDDEN).to_sparse()}, "'embed.weight': expected a dense"),
         (iter([("embed.weight",)]), "expected names and tensors"),
     ],
