@@ -32,7 +32,7 @@ from fp8stream.mapping import Rule, checkpoint_names
 from fp8stream.memory import PeakMeter, size_of
 from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
-from fp8stream.ranks import Group, Spread, spread, trimmed
+from fp8stream.ranks import Group
 from fp8stream.reads import read_by_parents
 from fp8stream.scheme import Granularity, Scheme
 from fp8stream.skeleton import (
@@ -47,7 +47,9 @@ from fp8stream.skeleton import (
     stored_tensors,
 )
 from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source
+from fp8stream.spread import Spread, spread
 from fp8stream.stream import LayerDone
+from fp8stream.trimming import trimmed
 
 
 @dataclass(frozen=True)

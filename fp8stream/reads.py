@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fp8stream.fitting import Weight
+from fp8stream.pieces import Weight
 from fp8stream.skeleton import find_weights
 
 # What is done before there are weights, or to them.

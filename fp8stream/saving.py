@@ -17,12 +17,12 @@ from fp8stream.checkpoint import Checkpoint
 from fp8stream.conversions import Saved
 from fp8stream.device import bytes_of
 from fp8stream.errors import SchemeError
-from fp8stream.fitting import Weight
 from fp8stream.header import Shard
 from fp8stream.held import spec_like
 from fp8stream.mapping import checkpoint_names
 from fp8stream.memory import size_of
 from fp8stream.output import OutputDirectory
+from fp8stream.pieces import Weight
 from fp8stream.places import Place, strides
 from fp8stream.plan import Plan, Resources, plan_quantization
 from fp8stream.policy import Patterns

@@ -14,11 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from fp8stream.conversions import wider
 from fp8stream.errors import CheckpointError, DeviceError
-from fp8stream.fitting import Weight
 from fp8stream.fused_experts import FP8Experts, describe_experts
 from fp8stream.linear import FP8Linear, is_linear, runs_its_class
 from fp8stream.live import Share
 from fp8stream.mapping import model_tensors
+from fp8stream.pieces import Weight
 from fp8stream.scheme import Granularity
 
 # What accelerate puts on a module instead of its forward belongs to its hooks.

@@ -72,6 +72,10 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=24)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    if not options.source.is_dir():
+        parser.error(f"{options.source} is not a directory")
+    if not options.prompt:
+        parser.error("the prompt is empty")
     try:
         run(options)
     except Fp8StreamError as error:

@@ -19,7 +19,9 @@ HOUSE = [
     "online",
     "sources",
     "carried",
+    "spread",
     "ranks",
+    "trimming",
     "styles",
     "verify",
     "findings",
@@ -30,6 +32,7 @@ HOUSE = [
     "skeleton",
     "waiting",
     "fitting",
+    "pieces",
     "coded",
     "held",
     "live",
@@ -84,6 +87,8 @@ HOUSE = [
 ]
 PACKAGE = Path(fp8stream.__file__).parent
 PURE = {
+    "pieces",
+    "fitting",
     "coded",
     "filled",
     "places",
