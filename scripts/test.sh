@@ -10,5 +10,6 @@ status=0
 "$python" -m ruff check . || status=1
 "$python" -m ruff format --check . || status=1
 "$python" -m mypy || status=1
-"$python" -m pytest "$@" || status=$?
+# Tests of a file share what it makes.
+"$python" -m pytest --numprocesses auto --dist loadfile "$@" || status=$?
 exit "$status"

@@ -12,6 +12,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -197,7 +198,8 @@ def test_what_may_not_be_read_is_refused_in_words(name: str, source: Path) -> No
     """In place of root, whom no permission stops, somebody else runs it."""
     (source / "sub").mkdir()
     (source / "vocab.txt").write_text("v")
-    for path in (source, *source.iterdir(), *list(source.parents)[:3]):
+    ours = [path for path in source.parents if path.is_relative_to(tempfile.gettempdir())]
+    for path in (source, *source.iterdir(), *ours[:-1]):
         path.chmod(0o755)
     (source.parent / name).chmod(0)
     code = (
