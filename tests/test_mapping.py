@@ -28,6 +28,7 @@ from fp8stream.mapping import (
 )
 from fp8stream.tracing import traced
 from tests.oracle import same
+from tests.tiny import computing
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
@@ -729,24 +730,7 @@ def test_every_conversion_of_transformers_is_geometry(converter: Any) -> None:
 
 
 def test_what_transformers_computes_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    loading: Any = transformers.core_model_loading
-
-    class Doubled(loading.ConversionOps):  # type: ignore[misc]
-        def convert(self, tensors: Any, *_: Any, **__: Any) -> Any:
-            return {"q_proj": 2 * torch.cat([tensors["left"][0], tensors["right"][0]])}
-
-        @property
-        def reverse_op(self) -> Any:
-            return Halved()
-
-    class Halved(loading.ConversionOps):  # type: ignore[misc]
-        def convert(self, tensors: Any, *_: Any, **__: Any) -> Any:
-            return dict(zip(("left", "right"), (tensors["q_proj"][0] / 2).chunk(2), strict=True))
-
-    def theirs(*_: Any, **__: Any) -> list[Any]:
-        return [loading.WeightConverter(["left", "right"], ["q_proj"], [Doubled()])]
-
-    monkeypatch.setattr(transformers.conversion_mapping, "get_model_conversion_mapping", theirs)
+    computing(monkeypatch)
     model = tiny("llama")
     names = names_of(model)
     at = "model.layers.0.self_attn"

@@ -30,6 +30,7 @@ from fp8stream.stream import Worker
 from fp8stream.views import Runs
 from tests import oracle
 from tests.oracle import same
+from tests.tiny import CONFIGS, TINY, automatic
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
@@ -40,76 +41,6 @@ pytestmark = [
 
 SCHEMES = ["channel", "block", "tensor"]
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
-TINY: Mapping[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 64,
-}
-EXPERTS: Mapping[str, Any] = {**TINY, "num_experts_per_tok": 2}
-CONFIGS: Mapping[str, Mapping[str, Any]] = {
-    "llama": TINY,
-    "llama-tied": {**TINY, "tie_word_embeddings": True},
-    "qwen2": TINY,
-    "opt": {
-        "hidden_size": 128,
-        "ffn_dim": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "vocab_size": 320,
-        "max_position_embeddings": 64,
-        "word_embed_proj_dim": 128,
-    },
-    "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "vocab_size": 320, "n_positions": 64},
-    "qwen3_moe": {**EXPERTS, "num_experts": 4, "moe_intermediate_size": 128},
-    "mixtral": {**EXPERTS, "num_local_experts": 4},
-    "gpt_oss": {**EXPERTS, "num_local_experts": 4, "layer_types": ["full_attention"] * 2},
-    "llama4": {
-        "text_config": {
-            **EXPERTS,
-            "hidden_size": 256,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size_mlp": 256,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 1,
-        },
-        "vision_config": {
-            "hidden_size": 64,
-            "intermediate_size": 256,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-            "vision_output_dim": 64,
-            "projector_input_dim": 64,
-            "projector_output_dim": 64,
-        },
-    },
-    "deepseek_v3": {
-        **EXPERTS,
-        "num_key_value_heads": 2,
-        "moe_intermediate_size": 128,
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "q_lora_rank": 128,
-        "kv_lora_rank": 128,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 64,
-    },
-}
 # What one scale is for under `tensor`, by the last names of modules.
 FUSED = [
     {"q_proj", "k_proj", "v_proj"},
@@ -119,12 +50,6 @@ FUSED = [
 KINDS = list(CONFIGS)
 QUANTIZED = [kind for kind in KINDS if kind != "gpt2"]
 FEW = ["llama-tied", "qwen3_moe", "gpt_oss"]
-
-
-def automatic(kind: str) -> Any:
-    if "vision_config" in CONFIGS[kind]:
-        return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
 
 
 def build(kind: str, seed: int = 0) -> Any:

@@ -1,6 +1,6 @@
 """What comes, and how: names of all kinds, one by one or all at once, whole or not."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,10 @@ from tests.nets import (
     weights_of,
 )
 from tests.oracle import same
+from tests.tiny import TINY, computing
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("spoiled")]
-TINY = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "pad_token_id": 0,
-}
 
 
 def causal(kind: str, **more: Any) -> Any:
@@ -336,45 +328,23 @@ def test_what_torch_compile_made_is_the_model_itself() -> None:
 # What is computed, and what is large
 
 
-@pytest.fixture
-def computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], dict[str, Tensor]]:
-    """A conversion that is no geometry, and the checkpoint of a model that has it."""
-    loading: Any = transformers.core_model_loading
-
-    class Doubled(loading.ConversionOps):  # type: ignore[misc]
-        def convert(self, tensors: Any, *_: Any, **__: Any) -> Any:
-            return {"q_proj": 2 * torch.cat([tensors["left"][0], tensors["right"][0]])}
-
-        @property
-        def reverse_op(self) -> Any:
-            return Halved()
-
-    class Halved(loading.ConversionOps):  # type: ignore[misc]
-        def convert(self, tensors: Any, *_: Any, **__: Any) -> Any:
-            return dict(zip(("left", "right"), (tensors["q_proj"][0] / 2).chunk(2), strict=True))
-
-    def theirs(*_: Any, **__: Any) -> list[Any]:
-        return [loading.WeightConverter(["left", "right"], ["q_proj"], [Doubled()])]
-
-    monkeypatch.setattr(transformers.conversion_mapping, "get_model_conversion_mapping", theirs)
-
-    def checkpoint(model: Any) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict().items():
-            if "q_proj" in name:
-                for side, half in zip(("left", "right"), (tensor / 2).chunk(2), strict=True):
-                    found[name.replace("q_proj", side)] = half.contiguous()
-            else:
-                found[name] = tensor
-        return found
-
-    return checkpoint
+def halves(model: Any) -> dict[str, Tensor]:
+    """A checkpoint of the model for the conversion that computes."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if "q_proj" in name:
+            for side, half in zip(("left", "right"), (tensor / 2).chunk(2), strict=True):
+                found[name.replace("q_proj", side)] = half.contiguous()
+        else:
+            found[name] = tensor
+    return found
 
 
 @pytest.mark.parametrize("given", ["dict", "iterator", "model"])
-def test_what_transformers_computes(computing: Any, given: str) -> None:
+def test_what_transformers_computes(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    computing(monkeypatch)
     full = causal("Llama")
-    tensors, model = computing(full), skeleton_of(full)
+    tensors, model = halves(full), skeleton_of(full)
     if given == "model":
         model = causal("Llama")
         online.quantize_model(model)
