@@ -89,6 +89,8 @@ def not_plain(model: nn.Module) -> dict[str, str]:
 
 
 def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: it is no module of any class
+        return
     kind = type(module).__name__
     weight = module._parameters.get("weight")
     if weight is not None and weight.ndim == 2:

@@ -410,3 +410,12 @@ def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
     }
     become_fp8(net, dict.fromkeys(("plain", "experts"), Granularity.CHANNEL), {})
     assert [*not_plain(net)] == ["other.weight", "turned.weight", "stacked.w1"]
+
+
+def test_a_script_beside_the_layers_stays_what_it_is() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(128, 128, bias=False)])})
+    model["gate"] = torch.jit.script(nn.Linear(8, 8))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert online.load_into(model, weights, device="cpu").quantized == ("layers.0",)
+    assert same(model["gate"].weight, weights["gate.weight"])
+    assert isinstance(model["gate"], torch.jit.ScriptModule)
