@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fp8stream.checkpoint import Checkpoint
 from fp8stream.conversions import Saved
 from fp8stream.device import bytes_of
-from fp8stream.errors import SchemeError
+from fp8stream.errors import OutputError, SchemeError
 from fp8stream.fitting import Weight
 from fp8stream.header import Shard
 from fp8stream.held import spec_like
@@ -53,8 +53,7 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
     if parts_of(model):
         raise SchemeError("save: the model is spread over ranks; save one that is loaded whole")
     stored = _Stored.of(model)
-    size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
-    plan = _plan(model, stored, size)
+    plan = _plan(model, stored, _bytes(max_shard_size))
     target = Path(os.path.realpath(directory))
     with (
         OutputDirectory(target, {}, restart=True) as output,
@@ -68,6 +67,16 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
                 kept = stored.kept(stored.saved[tensor.spec.name])
                 writer.write(tensor.spec.name, 0, bytes_of(kept))
         writer.commit(plan.config)
+
+
+def _bytes(size: str | int) -> int:
+    """Raises OutputError for what is no size."""
+    try:
+        return parse_size(str(size))
+    except ValueError:
+        raise OutputError(
+            f"max_shard_size: expected bytes or a size as '5GB', found {size!r}"
+        ) from None
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

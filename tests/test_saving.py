@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp8stream import cli
-from fp8stream.errors import SchemeError
+from fp8stream.errors import OutputError, SchemeError
 from fp8stream.online import load_into
 from fp8stream.saving import save
 from fp8stream.skeleton import stored_tensors
@@ -310,3 +310,13 @@ def test_a_default_device_and_dtype_change_nothing(
     finally:
         torch.set_default_dtype(before)
     assert_same(contents(tmp_path / "other"), contents(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("size", ["lots", "", 0, -1])
+def test_what_is_no_shard_size_is_refused(tmp_path: Path, size: str | int) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.ModuleList([nn.Linear(128, 128, bias=False)]))
+    load_into(model, {"0.0.weight": torch.ones(128, 128)}, device="cpu")
+    with pytest.raises(OutputError, match="max_shard_size: expected bytes or a size as '5GB'"):
+        save(model, tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
