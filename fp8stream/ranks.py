@@ -45,6 +45,8 @@ class Group:
     size: int
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise SchemeError(f"tp_size {self.size}: expected 1 or more")
         if not 0 <= self.rank < self.size:
             raise SchemeError(f"tp_rank {self.rank}: expected one of 0 to {self.size - 1}")
 
@@ -121,6 +123,8 @@ def spread(
     if plan is not None:
         rest = unused(plan, spreading.names)
         found.warnings += [f"tp_plan: {name} is nothing of the model" for name in rest]
+    if not found.parts:
+        found.warnings.append("tp_plan: cuts nothing, so every rank has all of the model")
     return found
 
 
@@ -282,6 +286,10 @@ class _Spreading:
         owner = name.rpartition(".")[0]
         if axis is None or describe_experts(self._modules[owner]) is not None:
             return
+        if is_linear(self._modules[owner]):
+            raise SchemeError(
+                f"tp_plan: {name}: cut alone, it does not fit the weight; name {owner} instead"
+            )
         parts = 2 if style in (Style.PACKED_COLUMN, Style.PACKED_ROW) else 1
         self._side(name, "elements", tensor.shape[axis] // parts)
         self._cut(name, tuple(tensor.shape), axis, parts)
