@@ -417,5 +417,5 @@ def test_a_script_beside_the_layers_stays_what_it_is() -> None:
     model["gate"] = torch.jit.script(nn.Linear(8, 8))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert online.load_into(model, weights, device="cpu").quantized == ("layers.0",)
-    assert same(model["gate"].weight, weights["gate.weight"])
+    assert same(model.get_parameter("gate.weight"), weights["gate.weight"])
     assert isinstance(model["gate"], torch.jit.ScriptModule)
