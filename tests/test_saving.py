@@ -320,3 +320,33 @@ def test_what_is_no_shard_size_is_refused(tmp_path: Path, size: str | int) -> No
     with pytest.raises(OutputError, match="max_shard_size: expected bytes or a size as '5GB'"):
         save(model, tmp_path / "out", max_shard_size=size)
     assert not (tmp_path / "out").exists()
+
+
+class Reading(nn.Module):
+    """Attention that reads the weight of one of three layers which engines put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(128, 128, bias=False) for _ in "qkv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k_proj(self.v_proj(x @ self.q_proj.weight))  # type: ignore[no-any-return]
+
+
+def test_what_is_kept_of_a_fused_set_keeps_the_rest_of_it_with_ignore(tmp_path: Path) -> None:
+    def reading() -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"layers": nn.ModuleList([Reading(), nn.Linear(128, 128)])})
+
+    weights = {name: torch.ones(tensor.shape) for name, tensor in reading().state_dict().items()}
+    model = reading()
+    quantized = load_into(model, weights, device="cpu").quantized
+    assert quantized == ("layers.0.k_proj", "layers.0.v_proj", "layers.1")
+    found = r"save: layers\.0\.k_proj\.weight: the model has channel scales, and a checkpoint that "
+    way = r'engines load has no; load the model with ignore=\["layers\.0\.k_proj\.weight"\]'
+    with pytest.raises(SchemeError, match=found + way):
+        save(model, tmp_path / "out")
+    model = reading()
+    load_into(model, weights, ignore=["layers.0.k_proj.weight"], device="cpu")
+    save(model, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["layers.1.weight_scale"].numel() == 128
