@@ -8,6 +8,7 @@ one slot is read into while the other is on the device.
 """
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -222,8 +223,10 @@ def running_out_of_memory() -> Iterator[None]:
 def find_devices(name: str) -> tuple[torch.device, ...]:
     """What `auto`, `cpu`, `cuda` (all there are) or `cuda:N` means. Raises DeviceError."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and not available):
+    if name in ("cpu", "cpu:0") or (name == "auto" and not available):
         return (torch.device("cpu"),)
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name):
+        raise DeviceError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     number = name.partition(":")[2]
     if not available or int(number or 0) >= available:
         raise DeviceError(

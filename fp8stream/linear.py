@@ -28,8 +28,9 @@ def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
     A subclass may do anything with its weight, and so may a forward of the instance's own.
     """
-    weight = module._parameters.get("weight")
-    return type(module) is nn.Linear and weight is not None and runs_its_class(module)
+    if type(module) is not nn.Linear or not runs_its_class(module):
+        return False
+    return module._parameters.get("weight") is not None
 
 
 def runs_its_class(module: nn.Module) -> bool:

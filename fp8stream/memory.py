@@ -60,11 +60,9 @@ def parse_size(text: str) -> int:
 
 def size_of(option: str, size: str | int) -> int:
     """Bytes in an option of the Python interface. Raises BudgetError for what is no size."""
-    if isinstance(size, int):
-        return size
     try:
-        return parse_size(size)
-    except (ValueError, AttributeError):
+        return parse_size(str(size))
+    except ValueError:
         raise BudgetError(f"{option}: expected bytes or a size as '1GiB', found {size!r}") from None
 
 

@@ -30,6 +30,8 @@ class Group:
     size: int
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise SchemeError(f"tp_size {self.size}: expected 1 or more")
         if not 0 <= self.rank < self.size:
             raise SchemeError(f"tp_rank {self.rank}: expected one of 0 to {self.size - 1}")
 

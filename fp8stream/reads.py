@@ -42,9 +42,10 @@ def read_by_parents(model: nn.Module) -> dict[str, str]:
     """The weights of linear layers and experts that modules around them read, each with a reason.
 
     Found are `<layer>.weight`, whatever it is read of, in methods of the module that holds the
-    layer, and `self.<path>.weight` in those of any module around. Not found is what functions
-    outside of classes do, what has another name (`layer = self.up`), and what has no source. Those
-    that ask for shape or device alone do no harm, and methods that initialize do not count.
+    layer, and `self.<path>.weight` in those of any module around, also under another name (after
+    `layer = self.up`, or in `for layer in self.layers`). Not found is what functions outside of
+    classes do, and what has no source. Those that ask for shape or device alone do no harm, and
+    methods that initialize do not count.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     known: dict[type[nn.Module], list[Read]] = {}
@@ -156,14 +157,57 @@ def _chains(function: FunctionType) -> Iterator[tuple[tuple[str, ...], tuple[Gua
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError, ValueError):
         return
-    yield from _within(tree, ())
+    known = _known_as(tree, function.__code__)
+    for (first, *rest), guards in _within(tree, ()):
+        for begin in known.get(first, [(first,)]):
+            if len(chain := (*begin, *rest)) > 2:
+                yield chain, guards
+
+
+def _known_as(tree: ast.AST, code: CodeType) -> dict[str, list[tuple[str, ...]]]:
+    """What a method's names stand for, if that is of its module: the first argument is self."""
+    known: dict[str, list[tuple[str, ...]]] = {}
+    if code.co_argcount:
+        known[code.co_varnames[0]] = [("self",)]
+    for node in ast.walk(tree):
+        for name, (first, *rest) in _named(node):
+            found = [(*begin, *rest) for begin in known.get(first, ())]
+            known[name] = [*known.get(name, ()), *found]
+    return {name: chains for name, chains in known.items() if chains}
+
+
+def _named(node: ast.AST) -> Iterator[tuple[str, Sequence[str]]]:
+    """The name that is given to what a chain leads to, or to each item there, and the chain."""
+    match node:
+        case ast.Assign(targets=[ast.Name(id=name)], value=value):
+            chain = _chain(value)
+        case ast.For(target=ast.Name(id=name), iter=value):
+            chain = _items(value)
+        case ast.comprehension(target=ast.Name(id=name), iter=value):
+            chain = _items(value)
+        case ast.For(
+            target=ast.Tuple(elts=[_, ast.Name(id=name)]), iter=ast.Call(args=[value, *_])
+        ):
+            chain = _items(value)  # of enumerate
+        case _:
+            return
+    if chain:
+        yield name, chain
+
+
+def _items(every: ast.expr) -> list[str]:
+    """What leads to each item of what is gone through, be it all or a slice."""
+    if isinstance(every, ast.Subscript) and isinstance(every.slice, ast.Slice):
+        every = every.value
+    chain = _chain(every)
+    return [*chain, _ITEM] if chain else []
 
 
 def _within(
     node: ast.AST, guards: tuple[Guard, ...]
 ) -> Iterator[tuple[tuple[str, ...], tuple[Guard, ...]]]:
     chain = tuple(_chain(node))
-    if len(chain) > 2 and chain[-1] not in _HARMLESS:
+    if len(chain) > 1 and chain[-1] not in _HARMLESS:
         yield chain, guards
     harmless = isinstance(node, ast.Attribute) and node.attr in _HARMLESS
     below = node.value if harmless and isinstance(node, ast.Attribute) else node

@@ -160,9 +160,13 @@ def _plan(model: nn.Module, stored: _Stored, max_shard_size: int) -> Plan:
     for tensor in plan.tensors:
         found = stored.granularity(tensor.spec.name)
         if tensor.granularity is not found:
+            # Nothing to ignore where it is a matter of which scales.
+            way = (
+                "" if tensor.granularity else f'; load the model with ignore=["{tensor.spec.name}"]'
+            )
             raise SchemeError(
                 f"save: {tensor.spec.name}: the model has {_word(found)} scales, and a checkpoint "
-                f"that engines load has {_word(tensor.granularity)}"
+                f"that engines load has {_word(tensor.granularity)}{way}"
             )
     return plan
 

@@ -80,8 +80,9 @@ def find_weights(model: nn.Module) -> list[Weight]:
 def not_plain(model: nn.Module) -> dict[str, str]:
     """Weights of what looks like linear layers and experts but cannot be FP8, each with a reason.
 
-    They are 2-D weights of subclasses of nn.Linear, of linear layers that were changed, and of
-    transformers' Conv1D, and parameters [experts, ...] of modules that are not understood.
+    They are 2-D weights of all but nn.Linear itself, as of its subclasses and of transformers'
+    Conv1D, and of linear layers that were changed; and parameters [experts, ...] of modules that
+    are not understood.
     """
     return {
         f"{path}.{name}" if path else name: reason
@@ -91,6 +92,8 @@ def not_plain(model: nn.Module) -> dict[str, str]:
 
 
 def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: it is no module of any class
+        return
     kind = type(module).__name__
     weight = module._parameters.get("weight")
     if weight is not None and weight.ndim == 2:
@@ -99,7 +102,7 @@ def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
                 yield "weight", "its module has a forward of its own"
         elif kind == "Conv1D":
             yield "weight", "a Conv1D lies transposed, [in, out]"
-        elif isinstance(module, nn.Linear) and not is_linear(module):
+        elif not (is_linear(module) or isinstance(module, FP8Linear | nn.Embedding)):
             yield "weight", f"{kind} is not nn.Linear itself"
     if isinstance(module, FP8Experts | nn.modules.conv._ConvNd):
         return

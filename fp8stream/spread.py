@@ -238,6 +238,10 @@ class _Spreading:
         owner = name.rpartition(".")[0]
         if axis is None or describe_experts(self._modules[owner]) is not None:
             return
+        if is_linear(self._modules[owner]):
+            raise SchemeError(
+                f"tp_plan: {name}: cut alone, it does not fit the weight; name {owner} instead"
+            )
         parts = 2 if style in (Style.PACKED_COLUMN, Style.PACKED_ROW) else 1
         self._side(name, "elements", tensor.shape[axis] // parts)
         self._cut(name, tuple(tensor.shape), axis, parts)

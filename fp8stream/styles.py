@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fp8stream.errors import SchemeError
-from fp8stream.parallel import SIZES
 
 BLOCK_NAME = "a block"
+# Sizes beyond are not named to whoever looks for one that works.
+_MOST_RANKS = 64
 
 
 class Style(Enum):
@@ -121,7 +122,7 @@ def check_sides(sides: Sequence[Side], ranks: int) -> None:
     if not bad:
         return
     more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    works = [n for n in SIZES if all(side.falls_into(n) for side in sides)]
+    works = [n for n in range(1, _MOST_RANKS + 1) if all(side.falls_into(n) for side in sides)]
     hints = [f"tp_size may be {', '.join(map(str, works))}"]
     if any(side.unit_name == BLOCK_NAME for side in bad):
         hints.append("take another scheme")

@@ -63,19 +63,26 @@ def run(options: argparse.Namespace) -> None:
     print(complete(model, options.source, options.prompt, options.max_new_tokens))
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("source", type=Path, help="a checkpoint directory")
     parser.add_argument("prompt")
     parser.add_argument("--scheme", choices=("channel", "block", "tensor"), default="channel")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--max-new-tokens", type=positive, default=24)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    if not options.source.is_dir():
-        parser.error(f"{options.source} is not a directory")
+    if not (options.source / "config.json").is_file():
+        parser.error(f"{options.source}: expected a checkpoint directory, which has a config.json")
     if not options.prompt:
-        parser.error("the prompt is empty")
+        parser.error("prompt: expected text to go on with, found none")
+    transformers.logging.set_verbosity_error()
     try:
         run(options)
     except Fp8StreamError as error:

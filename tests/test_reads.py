@@ -122,6 +122,40 @@ def test_paths_are_followed_from_any_module_around() -> None:
     assert found == {"layers.0.1.weight", "layers.1.1.weight", "tower.up.weight", "up.weight"}
 
 
+class Renamed(Loose):
+    """Reads under names of its own."""
+
+    def __init__(this) -> None:
+        super().__init__()
+        this.up, this.free = nn.Linear(2, 2), nn.Linear(2, 2)
+        for name in ("looped", "sliced", "counted", "listed", "left"):
+            this.add_module(name, nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in "ab"))
+
+    def forward(this, x: Any, w: Any) -> Any:
+        layer = this.up
+        x = x @ layer.weight
+        x = x @ w.free.weight[:0]
+        for block in this.looped:
+            inner = block[0]
+            x = x @ inner.weight
+        for block in this.sliced[:1]:
+            x = x @ block[0].weight
+        for _, block in enumerate(this.counted):
+            x = x @ block[0].weight
+        for other in this.left:
+            x = other[0](x)
+        return [x @ block[0].weight for block in this.listed]
+
+
+def test_other_names_of_layers_are_followed() -> None:
+    found = {*read_by_parents(Renamed())}
+    several = {
+        f"{name}.{n}.0.weight" for name in ("looped", "sliced", "counted", "listed") for n in "01"
+    }
+    # Of whatever a layer of that name is read, it may be this one.
+    assert found == {"up.weight", "free.weight"} | several
+
+
 def test_what_has_no_source_is_not_looked_into() -> None:
     names: dict[str, Any] = {"nn": nn}
     exec(

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fp8stream import cli
-from fp8stream.errors import SchemeError
+from fp8stream.errors import BudgetError, SchemeError
 from fp8stream.online import load_into
 from fp8stream.saving import save
 from fp8stream.skeleton import stored_tensors
@@ -241,3 +241,43 @@ def test_a_default_device_and_dtype_change_nothing(
     finally:
         torch.set_default_dtype(before)
     assert_same(contents(tmp_path / "other"), contents(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("size", ["lots", "", 0, -1])
+def test_what_is_no_shard_size_is_refused(tmp_path: Path, size: str | int) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.ModuleList([nn.Linear(128, 128, bias=False)]))
+    load_into(model, {"0.0.weight": torch.ones(128, 128)}, device="cpu")
+    with pytest.raises(BudgetError, match="max_shard_size: expected bytes or a size as '1GiB'"):
+        save(model, tmp_path / "out", max_shard_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+class Reading(nn.Module):
+    """Attention that reads the weight of one of three layers which engines put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(128, 128, bias=False) for _ in "qkv")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k_proj(self.v_proj(x @ self.q_proj.weight))  # type: ignore[no-any-return]
+
+
+def test_what_is_kept_of_a_fused_set_keeps_the_rest_of_it_with_ignore(tmp_path: Path) -> None:
+    def reading() -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"layers": nn.ModuleList([Reading(), nn.Linear(128, 128)])})
+
+    weights = {name: torch.ones(tensor.shape) for name, tensor in reading().state_dict().items()}
+    model = reading()
+    quantized = load_into(model, weights, device="cpu").quantized
+    assert quantized == ("layers.0.k_proj", "layers.0.v_proj", "layers.1")
+    found = r"save: layers\.0\.k_proj\.weight: the model has channel scales, and a checkpoint that "
+    way = r'engines load has no; load the model with ignore=\["layers\.0\.k_proj\.weight"\]'
+    with pytest.raises(SchemeError, match=found + way):
+        save(model, tmp_path / "out")
+    model = reading()
+    load_into(model, weights, ignore=["layers.0.k_proj.weight"], device="cpu")
+    save(model, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["layers.1.weight_scale"].numel() == 128

@@ -384,6 +384,11 @@ def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(4, 8))
 
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 4))
+
     class Stacked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -396,6 +401,7 @@ def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
             "plain": nn.Linear(2, 2),
             "other": Other(2, 2),
             "turned": Conv1D(),
+            "alike": Alike(),
             "stacked": Stacked(),
             "conv": nn.Conv1d(2, 2, 3),
             "table": nn.Embedding(4, 2),
@@ -405,7 +411,18 @@ def test_what_looks_like_a_layer_but_is_none_has_a_reason() -> None:
     assert not_plain(net) == {
         "other.weight": "Other is not nn.Linear itself",
         "turned.weight": "a Conv1D lies transposed, [in, out]",
+        "alike.weight": "Alike is not nn.Linear itself",
         "stacked.w1": "Stacked is no module of experts that is understood",
     }
     become_fp8(net, dict.fromkeys(("plain", "experts"), Granularity.CHANNEL), {})
-    assert [*not_plain(net)] == ["other.weight", "turned.weight", "stacked.w1"]
+    reasons = ["other.weight", "turned.weight", "alike.weight", "stacked.w1"]
+    assert [*not_plain(net)] == reasons
+
+
+def test_a_script_beside_the_layers_stays_what_it_is() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(128, 128, bias=False)])})
+    model["gate"] = torch.jit.script(nn.Linear(8, 8))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert online.load_into(model, weights, device="cpu").quantized == ("layers.0",)
+    assert same(model.get_parameter("gate.weight"), weights["gate.weight"])
+    assert isinstance(model["gate"], torch.jit.ScriptModule)

@@ -21,8 +21,8 @@ from fp8stream import plan as plan_module
 from fp8stream import writer as writer_module
 from fp8stream.checkpoint import open_checkpoint
 from fp8stream.clock import Clock
-from fp8stream.device import Lane
-from fp8stream.errors import CheckpointError, OutputError, WeightError
+from fp8stream.device import Lane, find_devices
+from fp8stream.errors import CheckpointError, DeviceError, OutputError, WeightError
 from fp8stream.experts import ExpertForm, ExpertLayout, ExpertOptions
 from fp8stream.journal import first_line
 from fp8stream.memory import MIB, PeakMeter, Workspace
@@ -692,6 +692,17 @@ def test_groups_take_turns_a_few_at_a_time() -> None:
     order = [task.layers[0].name for task in take_turns([a, b[:1], c], 2)]
     assert order == ["a0", "b0", "a1", "a2", "c0", "c1", "c2"]
     assert list(take_turns([], 4)) == []
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0", str(torch.device("cpu", 0))])
+def test_the_cpu_has_a_number_too(name: str) -> None:
+    assert find_devices(name) == (torch.device("cpu"),)
+
+
+@pytest.mark.parametrize("name", ["meta", "tpu", "cuda:x", "cpu:1", ""])
+def test_what_is_no_device_is_refused(name: str) -> None:
+    with pytest.raises(DeviceError, match=f"device '{name}': expected auto, cpu, cuda or cuda:N"):
+        find_devices(name)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

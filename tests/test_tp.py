@@ -345,7 +345,8 @@ def test_experts_with_tensor_scales_are_reloaded_together(
             "llama",
             {"tp_size": 3, "tp_plan": {"lm_head": "colwise_rep"}},
             (
-                r"lm_head: 3 ranks cut its 320 outputs .*tp_size may be 1, 2, 4, 8, 16, 32, 64, or "
+                r"lm_head: 3 ranks cut its 320 outputs .*tp_size may be 1, 2, 4, 5, 8, 10, 16, 20, "
+                r"32, 40, 64, or "
                 r'leave it whole with tp_plan \{\.\.\., "lm_head": "replicated"\}'
             ),
         ),
@@ -411,6 +412,36 @@ def test_a_model_without_a_plan_wants_one(tmp_path: Path) -> None:
     assert model[0].weight.shape == (2, 8)
     assert model[0].bias.shape == (2,)
     assert "tp_plan: 1 is nothing of the model" in result.warnings
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"tp_size": 0}, "tp_size 0: expected 1 or more"),
+        ({"tp_size": 2, "tp_plan": {}}, "tp_plan: nothing of Sequential is cut by it"),
+        ({"tp_size": 2, "tp_rank": 2}, "tp_rank 2: expected one of 0 to 1"),
+        (
+            {"tp_size": 2, "tp_plan": {"*.bias": "colwise"}},
+            "tp_plan: 0.bias: cut alone, it does not fit the weight; name 0 instead",
+        ),
+    ],
+)
+def test_what_no_ranks_can_have_is_refused(more: dict[str, Any], words: str) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 4))
+    tensors = {"0.weight": torch.ones(4, 8), "0.bias": torch.ones(4)}
+    with pytest.raises(SchemeError, match=words):
+        load_into(model, tensors, device="cpu", **{"tp_plan": {"0": "colwise"}, **more})
+    assert model[0].weight.is_meta
+
+
+def test_a_weight_and_its_bias_may_be_named_each() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 4))
+    tensors = {"0.weight": torch.ones(4, 8), "0.bias": torch.ones(4)}
+    plan = {"0.weight": "colwise", "0.bias": "colwise"}
+    load_into(model, tensors, device="cpu", tp_size=2, tp_plan=plan)
+    assert (model[0].weight.shape, model[0].bias.shape) == ((2, 8), (2,))
 
 
 def test_a_forward_alone_is_refused_and_so_is_a_save(source: Sources, tmp_path: Path) -> None:
