@@ -16,7 +16,7 @@ from fp8stream.mapping import Placement
 from fp8stream.pieces import Piece, Weight, pieces_of, weight_plan
 from fp8stream.places import Place
 from fp8stream.plan import Decisions, LayerPlan, TensorPlan
-from fp8stream.roles import SOURCE_DTYPES, Role
+from fp8stream.roles import SOURCE_DTYPES, Role, fused_set
 from fp8stream.scheme import Granularity
 from fp8stream.weights import Kept, WeightPlan
 
@@ -106,7 +106,8 @@ class Fitting:
         """Raises SchemeError for codes that a module that is FP8 already cannot have, and
         CheckpointError for rows that it does not get whole."""
         ready = self._alike(self._ready())
-        sets = {t.spec.name: w.shared for t in self.plan.tensors for w in t.weights if w.shared}
+        keys = ((t.spec.name, fused_set(t.spec.name, t.known)) for t in self.plan.tensors)
+        sets = {name: key for name, key in keys if key}
         layers = _Layers(sets)
         for one in ready:
             layers.add(one)
@@ -121,6 +122,8 @@ class Fitting:
         self._warn_of_others(copied)
         self._warn_of_numbers([name for name in copied if name in self.coded])
         units = _Joined(self.together)
+        for places in self.placement.by_source.values():
+            units.join({module_of(place.target) for place in places})
         made = layers.layers(units, copied, self._composed())
         modules = {one.weight.module: one.granularity for one in ready}
         return Fit(*made, copied, modules, tuple(self._warnings))
@@ -137,8 +140,9 @@ class Fitting:
             places = self.placement.by_target.get(weight.target, ())
             if not places:
                 continue
-            if weight.target in unfit and weight.module not in self._fixed:
-                self._stays(weight, unfit[weight.target])
+            if weight.target in unfit:
+                # Rows of a weight that has codes would come under a scale that is not theirs.
+                self._warnings.append(f"{weight.target} stays as it is: {unfit[weight.target]}")
                 continue
             granularity, why = self._granularity(weight, places)
             pieces = self._pieces(weight, places, granularity) if granularity else None
@@ -175,7 +179,7 @@ class Fitting:
     ) -> tuple[Granularity | None, str]:
         if not all(self.coded.get(place.source) for place in places):
             return None, "part of it comes as FP8 codes, and part does not"
-        if not all(place.source in self.chosen for place in places):
+        if fixed is None and not all(place.source in self.chosen for place in places):
             return None, ""
         pieces = self._pieces(weight, places, Granularity.CHANNEL)
         if pieces is None:
@@ -327,12 +331,13 @@ class _Layers:
             units.join(map(module_of, targets))
         unit = [units.of(module_of(min(targets))) for targets in every]
         of = dict(zip(fills, unit, strict=False))
+        names = sorted(fills, key=lambda name: of[name])
         layers = [
-            LayerPlan(number, name, self._weights.get(name, []), self._kept.get(name, []))
-            for number, name in enumerate(sorted(fills, key=lambda name: of[name]))
+            LayerPlan(number, min(map(module_of, fills[name])), self._weights.get(name, []), kept)
+            for number, name in enumerate(names)
+            for kept in [self._kept.get(name, [])]
         ]
-        numbered = {layer.number: of[layer.name] for layer in layers}
-        numbered |= dict(enumerate(unit[len(fills) :], len(fills)))
+        numbered = dict(enumerate([*(of[name] for name in names), *unit[len(fills) :]]))
         holds: dict[str, set[str]] = defaultdict(set)
         for name, targets in zip(unit, every, strict=True):
             holds[name] |= targets

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fp8stream.device import DTYPE_NAMES, bytes_of, dtype_of
 from fp8stream.errors import CheckpointError
@@ -30,16 +31,26 @@ def spec_like(name: str, dtype: torch.dtype, shape: Sequence[int]) -> TensorSpec
     return TensorSpec(name, DTYPE_NAMES[dtype], tuple(shape), name, 0, size)
 
 
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """The values of a tensor, however it is made. Raises CheckpointError for one without values."""
+    if tensor.is_meta:
+        raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
+    if is_traceable_wrapper_subclass(tensor):
+        raise CheckpointError(
+            f"tensor {name!r}: expected a plain tensor, found {type(tensor).__name__}; of a "
+            "DTensor give its full_tensor()"
+        )
+    if tensor.layout is not torch.strided:
+        raise CheckpointError(f"tensor {name!r}: expected a dense tensor, found {tensor.layout}")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
 def on_host(name: str, tensor: Tensor) -> Tensor:
     """The values of a tensor, on the host and contiguous, wherever it lies and however it is made.
 
     Raises CheckpointError for one without values.
     """
-    if tensor.is_meta:
-        raise CheckpointError(f"tensor {name!r}: lies on meta, and has no values to load")
-    if tensor.layout is not torch.strided:
-        raise CheckpointError(f"tensor {name!r}: expected a dense tensor, found {tensor.layout}")
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return dense(name, tensor).cpu().contiguous()
 
 
 class GivenTensors:

@@ -281,7 +281,8 @@ class ModelSink:
             staged = self._staged[self._unit_of(name)]
             if name not in staged:
                 # What no layer writes, as of a part that never came, stays what it is.
-                staged[name] = held.values.clone()
+                with torch.inference_mode(False):
+                    staged[name] = held.values.clone()
             return held, staged[name]
 
     def _claim(self, name: str, size: int, first: int, count: int) -> None:

@@ -8,7 +8,7 @@ whatever does not come is named.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -85,7 +85,7 @@ class Placement:
     @cached_property
     def by_target(self) -> Mapping[str, Sequence[Place]]:
         """The places in each tensor of the model."""
-        return _grouped(self.places, lambda place: place.target)
+        return dict(_by_target(self.places))
 
 
 def find_places(
@@ -134,22 +134,53 @@ def find_places(
     found.check_shapes()
     ties = _ties(model, wanted)
     places, duplicates = _once(found, ties)
-    lacking = found.missing(places, ties)
-    known = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    optional = dict.fromkeys(gap.target for gap in lacking if known and known.search(gap.target))
+    missing, optional = _missing(model, found.missing(places, ties))
     return Placement(
         places=tuple(places),
         composed=tuple(found.composed),
         ties=ties,
         duplicates=tuple(duplicates),
-        missing=tuple(gap for gap in lacking if gap.target not in optional),
-        optional=tuple(optional),
+        missing=missing,
+        optional=optional,
         unexpected=tuple(found.unexpected),
         ignored=tuple(found.ignored),
         stranded=tuple(found.stranded),
         unused=tuple(rule.key for rule in rules if not rule.matched),
         leftover=tuple(found.leftover),
         conversions=conversions,
+    )
+
+
+def _missing(
+    model: nn.Module, lacking: Iterable[Missing]
+) -> tuple[tuple[Missing, ...], tuple[str, ...]]:
+    """What of what lacks the model needs, and what it says it can do without."""
+    known = either(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    every = tuple(lacking)
+    optional = dict.fromkeys(gap.target for gap in every if known and known.search(gap.target))
+    return tuple(gap for gap in every if gap.target not in optional), tuple(optional)
+
+
+def what_came(
+    model: nn.Module, placement: Placement, came: Container[str], shapes: Mapping[str, Shape]
+) -> Placement:
+    """What is left of a placement in the model's tensors, of these `shapes`, where not all of the
+    checkpoint's `came`."""
+    places = tuple(place for place in placement.places if place.source in came)
+    composed = tuple(c for c in placement.composed if all(name in came for name in c.sources))
+    lost = {place.target for place in placement.places if place.source not in came}
+    lost |= {name for c in placement.composed if c not in composed for name in c.targets}
+    filled = {target: [(p.region, p.source) for p in of] for target, of in _by_target(places)}
+    lacking = (
+        gap for name in sorted(lost) for gap in gaps(name, shapes[name], filled.get(name, ()))
+    )
+    missing, optional = _missing(model, lacking)
+    return replace(
+        placement,
+        places=places,
+        composed=composed,
+        missing=(*placement.missing, *missing),
+        optional=(*placement.optional, *optional),
     )
 
 
@@ -428,6 +459,10 @@ def _unique(tensors: Iterable[tuple[str, Sequence[int]]]) -> dict[str, Shape]:
             raise CheckpointError(f"{name}: comes twice in the checkpoint")
         shapes[name] = tuple(shape)
     return shapes
+
+
+def _by_target(places: Iterable[Place]) -> Iterable[tuple[str, Sequence[Place]]]:
+    return _grouped(places, lambda place: place.target).items()
 
 
 def _grouped(places: Iterable[Place], key: Callable[[Place], str]) -> Mapping[str, Sequence[Place]]:

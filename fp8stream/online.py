@@ -28,7 +28,7 @@ from fp8stream.fitting import Fit, module_of
 from fp8stream.fp8 import is_finite
 from fp8stream.initialization import finish, uncomputable
 from fp8stream.live import Held, ModelSink, Share
-from fp8stream.mapping import Rule, checkpoint_names
+from fp8stream.mapping import Placement, Rule, checkpoint_names
 from fp8stream.memory import PeakMeter, size_of
 from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
@@ -44,9 +44,10 @@ from fp8stream.skeleton import (
     not_plain,
     original_tensors,
     parts_of,
+    sharing,
     stored_tensors,
 )
-from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source
+from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source, unsaved
 from fp8stream.spread import Spread, spread
 from fp8stream.stream import LayerDone
 from fp8stream.trimming import trimmed
@@ -75,8 +76,8 @@ class LoadResult:
 class _Recipe:
     """How a model was loaded, and is loaded again; `whole` says that the load came to its end.
 
-    `rank` is which of how many ranks of tensor parallelism it is. `loaded` are the tensors that all
-    came, and `units` the modules that share a scale, or a source.
+    `rank` is which of how many ranks of tensor parallelism it is, cut by `plan`. `loaded` are the
+    tensors that all came, and `units` the modules that share a scale, or a source.
     """
 
     scheme: Scheme
@@ -84,6 +85,7 @@ class _Recipe:
     experts: ExpertOptions
     mapping: Mapping[str, Rule] | None
     rank: tuple[int, int] = (0, 1)
+    plan: Mapping[str, str] | None = None
     whole: bool = False
     loaded: frozenset[str] = frozenset()
     units: tuple[frozenset[str], ...] = ()
@@ -139,9 +141,9 @@ def load_into(
     Raises CheckpointError for a source that does not fit, or, if `strict`, is not all of the model;
     WeightError for NaN and infinity; SchemeError, DeviceError, BudgetError for what was asked.
     """
-    recipe = _recipe(scheme, ignore, include, experts, mapping, (tp_rank, tp_size))
+    recipe = _recipe(scheme, ignore, include, experts, mapping, (tp_rank, tp_size), tp_plan)
     where, budget = find_devices(str(device))[0], size_of("memory_budget", memory_budget)
-    how = _How(where, budget, strict, tp_plan, progress or _nothing)
+    how = _How(where, budget, strict, progress or _nothing)
     return _load(_bare(model), source, recipe, how)
 
 
@@ -152,7 +154,6 @@ class _How:
     device: torch.device
     budget: int
     strict: bool
-    tp_plan: Mapping[str, str] | None
     progress: Progress
 
 
@@ -163,6 +164,7 @@ def _recipe(
     experts: str,
     mapping: Mapping[str, Rule] | None = None,
     rank: tuple[int, int] = (0, 1),
+    plan: Mapping[str, str] | None = None,
 ) -> _Recipe:
     return _Recipe(
         Scheme(_choice(Granularity, "scheme", scheme)),
@@ -170,6 +172,7 @@ def _recipe(
         ExpertOptions(_choice(ExpertForm, "experts", experts)),
         mapping,
         rank,
+        plan,
     )
 
 
@@ -191,8 +194,11 @@ def _load(
         _require([*map(str, gaps), *uncomputable(model)])
     if check is not None:
         check(fitted)
+    before = getattr(model, _RECIPE, recipe)
     units = tuple(frozenset(map(module_of, names)) for names in fitted.tensors.values())
-    ours = _share(model, coming, fitted, recipe.rank, how.tp_plan)
+    # An iterator is not known to lack anything before it ends.
+    own = {} if how.strict or coming.is_known else _own_weights(model, fitted)
+    ours = _share(model, coming, fitted, recipe.rank, recipe.plan)
     fitted = trimmed(fitted, ours.parts)
     # What is made on the way lies on the host, whatever device the caller is in the context of.
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
@@ -207,12 +213,23 @@ def _load(
         meter.sample()
     if how.strict:
         _require(missing)
-    loaded = coming.placement.filled - {gap.partition("[")[0] for gap in missing}
+    loaded = before.loaded | (coming.placement.filled - {gap.partition("[")[0] for gap in missing})
+    units += before.units
     object.__setattr__(model, _RECIPE, replace(recipe, whole=True, loaded=loaded, units=units))
+    if lost := {name: own[name] for name in own.keys() - coming.came()}:
+        reload(model, lost, strict=False)
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
     return _result(model, coming, fitted, missing, read, meter, ours.warnings)
+
+
+def _own_weights(model: nn.Module, fitted: Fit) -> dict[str, Tensor]:
+    """What weights that will be FP8 have for values."""
+    tensors = stored_tensors(model)
+    targets = (w.target for w in find_weights(model) if w.module in fitted.quantized)
+    found = {name: tensors[name] for name in targets}
+    return {name: t.detach() for name, t in found.items() if not t.is_meta and t.itemsize > 1}
 
 
 def _share(
@@ -255,32 +272,48 @@ def reload(
     held, budget = _held(model), size_of("memory_budget", memory_budget)
     where = next((h.tensor.device for h in held.values()), torch.device("cpu"))
     coming = open_source(model, source, recipe.request)
-    fitted = coming.fit(model, granularities_of(model), together=recipe.units)
+    fitted = coming.fit(model, granularities_of(model), together=(*recipe.units, *sharing(model)))
     lacking = recipe.loaded - coming.placement.filled
     stale = {fitted.unit(name) for name in lacking}
-    if strict and coming.is_known and stale & fitted.tensors.keys():
-        lost = {n for n in lacking if fitted.unit(n) in fitted.tensors}
-        _require([str(gap) for gap in coming.placement.missing if gap.target in lost])
+    if strict and coming.is_known:
+        begun = {fitted.unit(name) for name in coming.came()}
+        _require(_gaps({n for n in lacking if fitted.unit(n) in begun}, coming.placement))
     fitted = trimmed(fitted.without(stale), parts_of(model))
     sink = ModelSink(held, fitted.copied, coming.specs, fitted.units, fitted.unit)
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
-        course = Course(fitted, sink, where, budget, progress or _nothing, settle=False)
+        settle = partial(_is_whole, recipe.loaded, fitted)
+        course = Course(fitted, sink, where, budget, progress or _nothing, settle)
         try:
             read = coming.stream(course) - sink.passed_over
             begun = {fitted.unit(name) for name in coming.came()} & fitted.tensors.keys()
-            if strict and begun - sink.changed:
-                _require(coming.missing())
+            if strict:
+                torn = {n for n in recipe.loaded if fitted.unit(n) in begun - sink.changed}
+                _require(_gaps(torn - coming.placement.filled, coming.placement))
         except Exception as error:
             raise _stopped(error, fitted, sink.changed) from error
         if where.type == "cuda":
             # A graph may be replayed next, on a stream that waits for nothing.
             torch.cuda.synchronize(where)
         meter.sample()
+    fresh = {name for name in coming.placement.filled if fitted.unit(name) in sink.changed}
+    object.__setattr__(model, _RECIPE, replace(recipe, loaded=recipe.loaded | fresh))
     new = _modules(fitted, sink.changed)
     missing = sorted(name for name in recipe.loaded if module_of(name) not in new)
     old = list(dict.fromkeys(map(module_of, missing)))
     told = f"{_some(old)} did not come, or not whole: they keep their weights"
     return _result(model, coming, fitted, missing, read, meter, [told] if old else [])
+
+
+def _gaps(names: Set[str], placement: Placement) -> list[str]:
+    """What lacks of the tensors of these names, by region where some of it comes."""
+    told = [str(gap) for gap in placement.missing if gap.target in names]
+    return sorted({*told, *(names - {gap.target for gap in placement.missing})})
+
+
+def _is_whole(loaded: Set[str], fitted: Fit, number: int, came: Placement) -> bool:
+    """Whether all came that was ever loaded of what changes with the layer of this number."""
+    unit = fitted.units[number]
+    return not any(fitted.unit(name) == unit for name in loaded - came.filled)
 
 
 def _tensors(fitted: Fit, units: Set[str]) -> set[str]:
@@ -294,7 +327,7 @@ def _modules(fitted: Fit, units: Set[str]) -> set[str]:
 def _stopped(error: Exception, fitted: Fit, changed: Set[str]) -> ReloadError:
     new, every = _modules(fitted, changed), _modules(fitted, fitted.tensors.keys())
     what = f"{len(new)} of {len(every)} modules are new, all others as they were"
-    return ReloadError(f"{error}; {what}", tuple(sorted(new)))
+    return ReloadError(f"{error or type(error).__name__}; {what}", tuple(sorted(new)))
 
 
 def quantize_model(
@@ -316,7 +349,7 @@ def quantize_model(
     tensors = stored_tensors(model)
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     recipe = _recipe(scheme, ignore, include, experts)
-    how = _How(device, size_of("memory_budget", _BUDGET), True, None, _nothing)
+    how = _How(device, size_of("memory_budget", _BUDGET), True, _nothing)
     return _load(model, _Taken(model), recipe, how, partial(_check_finite, model))
 
 
@@ -346,6 +379,7 @@ class _Taken:
     def __init__(self, model: nn.Module) -> None:
         self._tensors = dict(stored_tensors(model))
         self._saved = checkpoint_names(model)
+        self._unsaved = unsaved(self._tensors, self._saved)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         left: dict[str, int] = {}
@@ -359,6 +393,8 @@ class _Taken:
                 if not left[source]:
                     del self._tensors[source]
             yield saved.name, tensor
+        for name in self._unsaved:
+            yield name, self._tensors.pop(name)
 
 
 def _held(model: nn.Module) -> dict[str, Held]:
@@ -397,6 +433,10 @@ def _check_recipe(model: nn.Module, recipe: _Recipe) -> None:
         raise SchemeError(
             "tp_rank, tp_size: the model is rank {} of {} already, not {} of {}; begin with a new "
             "skeleton".format(*known.rank, *recipe.rank)
+        )
+    if parts_of(model) and known.plan != recipe.plan:
+        raise SchemeError(
+            "tp_plan: the model is cut by another one already; begin with a new skeleton"
         )
     if there and known.scheme != recipe.scheme:
         before, after = (r.scheme.granularity.value for r in (known, recipe))
@@ -439,14 +479,15 @@ def _result(
     meter: PeakMeter,
     more_warnings: Sequence[str] = (),
 ) -> LoadResult:
-    quantized = tuple(sorted(granularities_of(model)))
+    fp8 = granularities_of(model)
+    quantized = tuple(sorted(name for name, _ in model.named_modules() if name in fp8))
     warnings = [*coming.decided.warnings, *fitted.warnings, *more_warnings, *_useless(coming)]
     if not quantized:
         warnings.append("nothing was quantized: no linear layer or expert is to be, by what it is")
-    fp8 = {weight.target for weight in find_weights(model) if weight.module in {*quantized}}
+    codes = {weight.target for weight in find_weights(model) if weight.module in fp8}
     return LoadResult(
         quantized,
-        tuple(name for name in original_tensors(model) if name not in fp8),
+        tuple(name for name in original_tensors(model) if name not in codes),
         tuple(missing),
         tuple(coming.unexpected),
         tuple(warnings),

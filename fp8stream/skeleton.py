@@ -51,9 +51,12 @@ def check_model(model: nn.Module) -> None:
 
 
 def find_weights(model: nn.Module) -> list[Weight]:
-    """The weights of linear layers and experts that can be FP8, or are."""
+    """The weights of linear layers and experts that can be FP8, or are; of a model that is one
+    itself, in whose place no other can be put, none."""
     found: list[Weight] = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if module is model:
+            continue
         if is_linear(module) or isinstance(module, FP8Linear):
             shape = module.out_features, module.in_features
             found.append(Weight(name, "weight", "weight_scale", shape))
@@ -114,10 +117,10 @@ def _not_plain(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def granularities_of(model: nn.Module) -> dict[str, Granularity]:
-    """The granularity of each module that is FP8."""
+    """The granularity of each module that is FP8, under each of its names."""
     return {
         name: module.granularity
-        for name, module in model.named_modules()
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, FP8Linear | FP8Experts)
     }
 
@@ -185,6 +188,15 @@ def hold_parts(model: nn.Module, parts: Mapping[str, Share]) -> None:
                 held[id(tensor)] = new
             put_tensor(module, name, held[id(tensor)])
     object.__setattr__(model, _PARTS, dict(parts))
+
+
+def sharing(model: nn.Module) -> list[frozenset[str]]:
+    """The modules, or tensors of the model's own, whose tensors lie in one storage."""
+    owners: dict[int, set[str]] = {}
+    for name, tensor in model_tensors(model).items():
+        owner = name.rpartition(".")[0] or name
+        owners.setdefault(tensor.untyped_storage()._cdata, set()).add(owner)
+    return [frozenset(names) for names in owners.values() if len(names) > 1]
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -20,14 +20,15 @@ from fp8stream.carried import carry_layers, is_carried, with_values
 from fp8stream.checkpoint import Checkpoint, open_weights
 from fp8stream.clock import Clock
 from fp8stream.coded import find_coded, is_beside
+from fp8stream.conversions import Saved
 from fp8stream.device import TORCH_DTYPES, dtype_of, open_lane, running_out_of_memory
 from fp8stream.errors import CheckpointError
-from fp8stream.filled import Composed, gaps
+from fp8stream.filled import Composed
 from fp8stream.fitting import Fit, Fitting, granularities
 from fp8stream.header import Shard, TensorSpec
-from fp8stream.held import GivenTensors, HeldTensors, spec_like, spec_of
+from fp8stream.held import GivenTensors, HeldTensors, dense, spec_like, spec_of
 from fp8stream.live import ModelSink
-from fp8stream.mapping import Rule, checkpoint_names, find_places
+from fp8stream.mapping import Placement, Rule, checkpoint_names, find_places, what_came
 from fp8stream.memory import plan_workspace
 from fp8stream.places import Place, whole
 from fp8stream.plan import Decisions, LayerPlan, Task, demand_of, tasks_of
@@ -45,7 +46,8 @@ Progress = Callable[[LayerDone], object]
 class Course:
     """How a source is streamed: by what it `fits`, to where, in which memory, and who is told.
 
-    `settle` says that what never completes is loaded as far as it came.
+    What never completes is loaded as far as it came, if the layer with its number may `settle`,
+    given what came of the source.
     """
 
     fitted: Fit
@@ -53,7 +55,7 @@ class Course:
     device: torch.device
     budget: int
     progress: Progress
-    settle: bool = True
+    settle: Callable[[int, Placement], bool] = lambda number, came: True
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def open_source(model: nn.Module, source: Source, request: Request) -> "Incoming
     if isinstance(source, Mapping):
         source = list(source.items())
     if not isinstance(source, Sequence) and request.mapping is not None:
-        source = list(source)
+        # Its giver may write to one when the next is asked for.
+        source = [(name, tensor.clone()) for name, tensor in map(_pair, source)]
     if not isinstance(source, Sequence):
         return OneByOne(model, source, request)
     pairs = [_pair(item) for item in source]
@@ -107,6 +110,17 @@ def _described(model: nn.Module) -> dict[str, Any]:
     """The model's own config.json, if it has one."""
     describe = getattr(getattr(model, "config", None), "to_dict", dict)
     return {key: value for key, value in describe().items() if key != "quantization_config"}
+
+
+def unsaved(tensors: Mapping[str, Tensor], saved: Sequence[Saved]) -> list[str]:
+    """The names of a model's tensors that saving leaves out, but for those of tied ones."""
+    seen = {id(tensors[name]) for each in saved for name in each.sources}
+    left: dict[int, str] = {}
+    names = {each.name for each in saved}
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen and name not in names:
+            left.setdefault(id(tensor), name)
+    return list(left.values())
 
 
 class Incoming:
@@ -138,6 +152,12 @@ class Incoming:
         self._dtypes = {name: tensor.dtype for name, tensor in targets.items()}
         for name in self.placement.by_source:
             self._check_kind(self.specs[name])
+        for name in (name for one in self.placement.composed for name in one.sources):
+            if name in self.coded:
+                raise CheckpointError(
+                    f"{self.specs[name].file}: tensor {name!r}: comes as FP8 codes, and the model "
+                    "computes its weights from numbers; give it in 16 bit"
+                )
 
     def fit(
         self,
@@ -184,12 +204,15 @@ class Incoming:
 
     def _check_kind(self, spec: TensorSpec) -> None:
         """Raises CheckpointError for numbers that would be others in the model."""
-        if spec.name in self.coded:
-            return
-        found = dtype_of(spec)
-        plain = found.is_complex or (found.is_floating_point and found.itemsize > 1)
+        found, coded = dtype_of(spec), spec.name in self.coded
+        plain = coded or found.is_complex or (found.is_floating_point and found.itemsize > 1)
         for place in self.placement.by_source.get(spec.name, ()):
             wanted = self._dtypes[place.target]
+            if wanted.is_floating_point and wanted.itemsize == 1:
+                raise CheckpointError(
+                    f"{place.target}: is {wanted} and no weight of a module that fp8stream knows; "
+                    "make it one in 16 bit"
+                )
             if plain != (wanted.is_floating_point or wanted.is_complex):
                 raise CheckpointError(
                     f"{spec.file}: tensor {spec.name!r}: expected {wanted} for {place.target}, "
@@ -253,6 +276,7 @@ class OneByOne(Incoming):
         self._targets = _without_storage(original_tensors(model))
         saved = checkpoint_names(model, self._targets)
         specs = [spec_like(each.name, each.dtype, each.shape) for each in saved]
+        specs += [spec_of(name, self._targets[name]) for name in unsaved(self._targets, saved)]
         super().__init__(model, _as_checkpoint(model, specs), request, HeldTensors())
         self._source = source
         self._model = model
@@ -284,8 +308,11 @@ class OneByOne(Incoming):
                         held.release(waiting.done())
                         # Its giver may write to it, once the next one is asked for.
                         held.own(name, tensor)
-                if course.settle:
-                    self._work(worker, waiting.rest(self._came), course.progress)
+                shapes = {name: tuple(t.shape) for name, t in self._targets.items()}
+                self.placement = what_came(self._model, self.placement, self._came, shapes)
+                for layer in waiting.rest(self._came):
+                    if course.settle(layer.number, self.placement):
+                        self._work(worker, [layer], course.progress)
         return read
 
     def _work(self, worker: Worker, layers: Iterable[LayerPlan], progress: Progress) -> None:
@@ -310,15 +337,18 @@ class OneByOne(Incoming):
         if not places:
             self.unexpected.append(given)
             return
-        names = [name for name in self._near(places) if self._lies_in(name, places)]
-        if not names:
+        near = list(self._near(places))
+        names = [name for name in near if self._lies_in(name, places)]
+        if not near:
+            self.unexpected.append(given)
+        elif not names:
             raise CheckpointError(
-                f"tensor {given!r}: is part of {next(self._near(places))!r}; an iterator gives "
-                "tensors under the names that the model is saved under: give a dict or a list"
+                f"tensor {given!r}: is part of {near[0]!r}; an iterator gives tensors under the "
+                "names that the model is saved under: give a dict or a list"
             )
         for name in names:
             if self._comes_first(name, given):
-                yield name, self._taken(name, places, tensor)
+                yield name, self._taken(name, given, places, tensor)
 
     def _own_place(self, given: str, tensor: Tensor) -> list[Place]:
         """The place of a tensor that is called as one of the model's is, which need not be looked
@@ -343,16 +373,17 @@ class OneByOne(Incoming):
         own = self.placement.by_source[name]
         return all(any(place.covers(one) for place in places) for one in own)
 
-    def _taken(self, name: str, places: Sequence[Place], tensor: Tensor) -> Tensor:
+    def _taken(self, name: str, given: str, places: Sequence[Place], tensor: Tensor) -> Tensor:
         """The expected tensor called `name`, out of one that goes to `places`."""
         own, shape = self.placement.by_source[name], self.specs[name].shape
         if len(own) == len(places) == 1 and own[0] == replace(places[0], source=name):
             return tensor
+        values = dense(given, tensor)
         taken = torch.empty(shape, dtype=tensor.dtype, device="cpu")
         for one in own:
             place = next(place for place in places if place.covers(one))
             into = taken.as_strided(one.shape, one.steps, one.first)
-            into.copy_(place.part(one.region).read(tensor.detach()))
+            into.copy_(place.part(one.region).read(values))
         return taken
 
     def _comes_first(self, name: str, given: str) -> bool:
@@ -386,23 +417,6 @@ class OneByOne(Incoming):
                 "are loaded from files, dicts and lists"
             )
         self._check_kind(self.specs[name])
-
-    def came(self) -> set[str]:
-        every = (place.target for name in self._came for place in self._places(name))
-        composed = (c.targets for c in self.placement.composed if self._came.keys() & {*c.sources})
-        return {*every, *(name for targets in composed for name in targets)}
-
-    def missing(self) -> list[str]:
-        lost = self.specs.keys() - self._came
-        targets = {place.target for name in lost for place in self._places(name)}
-        targets |= {t for c in self.placement.composed if lost & {*c.sources} for t in c.targets}
-        return sorted({*super().missing(), *(gap for t in targets for gap in self._gaps(t))})
-
-    def _gaps(self, target: str) -> Iterator[str]:
-        """What of a tensor of the model did not come."""
-        places = self.placement.by_target.get(target, ())
-        came = [(place.region, place.source) for place in places if place.source in self._came]
-        yield from map(str, gaps(target, tuple(self._targets[target].shape), came))
 
 
 def _without_storage(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -64,8 +64,7 @@ class Waiting:
     def rest(self, came: Container[str]) -> list[LayerPlan]:
         """The layers that wait still, as much of them as `came`."""
         left = (work for work, lacks in zip(self._work, self._left, strict=True) if lacks)
-        some = [_of(layer, came) for layer in left if isinstance(layer, LayerPlan)]
-        return [layer for layer in some if layer.weights or layer.kept]
+        return [_of(layer, came) for layer in left if isinstance(layer, LayerPlan)]
 
     def done(self) -> list[str]:
         """The tensors that nobody waits for any more, since it was last asked."""
@@ -74,7 +73,9 @@ class Waiting:
 
 
 def _of(layer: LayerPlan, came: Container[str]) -> LayerPlan:
-    weights = [w for w in layer.weights if w.spec.name in came]
+    # Of a weight with one scale, all or none.
+    lost = {w.scales.name for w in layer.weights if w.spec.name not in came}
+    weights = [w for w in layer.weights if w.scales.name not in lost]
     kept = [tensor for tensor in layer.kept if tensor.spec.name in came]
     return LayerPlan(layer.number, layer.name, weights, kept)
 

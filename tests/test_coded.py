@@ -285,3 +285,56 @@ def test_experts_one_by_one(tmp_path: Path, scheme: str) -> None:
             at = f"experts.{expert}.{name}.weight"
             wanted = dequantize_weight(tensors[at], tensors[f"{at}_scale"])
             assert same(module.dequantize(target)[expert, rows].contiguous(), wanted)
+
+
+@schemes
+def test_experts_that_are_not_understood_become_numbers(tmp_path: Path, scheme: str) -> None:
+    with torch.device("meta"):
+        embed = nn.Embedding(512, HIDDEN, dtype=torch.bfloat16)
+        model: Any = nn.ModuleDict({"embed": embed, "experts": nn.Module()})
+        stack = nn.Parameter(torch.empty(3, 256, HIDDEN, dtype=torch.bfloat16))
+    model["experts"].register_parameter("stack", stack)
+    matrices = random(3, 256, HIDDEN) * torch.tensor([1, 10, 100])[:, None, None]
+    made = [quantize_weight(matrix, Granularity(scheme)) for matrix in matrices]
+    tensors = {
+        "embed.weight": random(512, HIDDEN),
+        "experts.stack": torch.stack([codes for codes, _ in made]),
+        "experts.stack_scale": torch.stack([scale for _, scale in made]),
+    }
+    result = online.load_into(model, directory(tmp_path, tensors))
+    wanted = torch.stack([dequantize_weight(*one) for one in made]).to(torch.bfloat16)
+    assert same(model["experts"].stack.detach(), wanted)
+    assert "experts.stack: from FP8 codes back to numbers" in " ".join(result.warnings)
+
+
+@pytest.mark.parametrize("given", ["files", "dict"])
+def test_names_without_a_use_are_told(tmp_path: Path, given: str) -> None:
+    model = net(up=(256, 128))
+    tensors = {**coded({"up": random(256, 128)}, "channel"), "more.weight": random(4)}
+    tensors["layers.0.up.input_scale"] = torch.ones(1)
+    source: Any = directory(tmp_path, tensors) if given == "files" else tensors
+    assert online.load_into(model, source).unexpected == ("more.weight",)
+
+
+def test_a_models_own_fp8_numbers_are_not_loaded() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(
+                torch.empty(4, dtype=torch.float8_e4m3fn), requires_grad=False
+            )
+
+    with torch.device("meta"):
+        model = Narrow()
+    with pytest.raises(CheckpointError, match=r"table: is torch\.float8_e4m3fn and no weight"):
+        online.load_into(model, {"table": torch.ones(4)})
+
+
+def test_fused_layers_share_a_scale_when_a_model_from_codes_gets_numbers(tmp_path: Path) -> None:
+    model = net(q_proj=(128, 128), k_proj=(128, 128), v_proj=(128, 128))
+    weights = {f"{n}_proj": random(128, 128, seed=i) * 4**i for i, n in enumerate("qkv")}
+    online.load_into(model, directory(tmp_path, coded(weights, "tensor")))
+    assert len({layer(model, name).weight_scale.item() for name in weights}) == 3
+    plain = {f"layers.0.{name}.weight": weight for name, weight in weights.items()}
+    online.reload(model, {"embed.weight": random(512, HIDDEN), **plain})
+    assert len({layer(model, name).weight_scale.item() for name in weights}) == 1

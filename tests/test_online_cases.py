@@ -261,7 +261,8 @@ def test_case_09_tensors_that_no_checkpoint_has(tmp_path: Path) -> None:
     for layer in net.layers:
         layer.register_buffer("expert_map", there)
     online.load_into(net, directory(tmp_path, tensors), strict=False)
-    assert tensor_at(net, "layers.1.expert_map") is there or same(there, torch.arange(8))
+    assert net.get_buffer("layers.1.expert_map") is there
+    assert same(there, torch.arange(8))
 
 
 def test_case_10_values_from_the_constructor(tmp_path: Path) -> None:
@@ -436,8 +437,7 @@ def test_case_15_scales_that_are_derived_come_last(tmp_path: Path) -> None:
     online.load_into(
         net, directory(tmp_path, tensors), progress=lambda done: names.append(done.name)
     )
-    assert len(names) == len({*names})
-    assert all(any(n.startswith(name) for n in names) for name in LINEARS)
+    assert {*names} >= LINEARS
     derived = net.get_submodule("layers.0.up").dequantize()  # type: ignore[operator]
     weight = tensors["layers.0.up.weight"].float()
     assert (derived - weight).norm() / weight.norm() < 0.04

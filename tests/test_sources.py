@@ -177,6 +177,71 @@ def test_what_is_no_tensor_is_named(source: Any, error: str) -> None:
         online.load_into(on_meta(), source, strict=False)
 
 
+def test_part_of_what_is_expected_is_refused() -> None:
+    """An iterator is not gathered: what would have to be put together is asked for otherwise."""
+    config = transformers.Llama4TextConfig(
+        **{**TINY, "intermediate_size_mlp": 256, "num_local_experts": 2}
+    )
+    with torch.device("meta"):
+        model = transformers.Llama4ForCausalLM(config).to(torch.bfloat16)
+    name = "model.layers.0.feed_forward.experts.0.down_proj.weight"
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight': is part of .*: give a dict"):
+        online.load_into(model, iter([(name, random(128, 256))]))
+
+
+def test_what_saving_leaves_out_is_loaded_and_what_may_lack_is_computed() -> None:
+    """Marian does not save its sinusoids, and can do without a bias."""
+    config = transformers.MarianConfig(
+        d_model=128, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=128, decoder_ffn_dim=128,
+        encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=320, pad_token_id=0,
+        decoder_start_token_id=0, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    full = transformers.MarianMTModel(config).to(torch.bfloat16)
+    tensors = full.state_dict()
+    position = "model.encoder.embed_positions.weight"
+    some = {n: t for n, t in tensors.items() if n not in (position, "final_logits_bias")}
+    wanted, model, lacking = skeleton_of(full), skeleton_of(full), skeleton_of(full)
+    online.load_into(wanted, tensors)
+    assert online.load_into(model, iter(tensors.items())).missing == ()
+    assert not differing(states(wanted), states(model))
+    assert online.load_into(lacking, iter(some.items())).missing == ()
+    assert same(states(lacking)[position], tensors[position])
+    assert same(states(lacking)["final_logits_bias"], torch.zeros_like(full.final_logits_bias))
+    online.quantize_model(full)
+    assert not differing(states(wanted), states(full))
+
+
+def test_a_buffer_may_be_given_again_with_a_mapping_too() -> None:
+    net = on_meta()
+    tensors = weights_of(net)
+    buffers: dict[Any, Tensor] = {}
+
+    def source() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors.items():
+            yield f"my.{name}", buffers.setdefault(tensor.shape, tensor.clone()).copy_(tensor)
+
+    online.load_into(net, source(), mapping={r"re:my\.(.*)": r"\1"})
+    assert all_there(net, tensors, LINEARS)
+
+
+@pytest.mark.parametrize("given", ["dict", "iterator"])
+def test_values_that_a_model_has_stay_where_nothing_comes(given: str) -> None:
+    net = on_meta()
+    tensors = weights_of(net)
+    net.load_state_dict(tensors, assign=True)
+    some = {name: t for name, t in weights_of(net, seed=30).items() if "layers.1" not in name}
+    result = online.load_into(net, some if given == "dict" else iter(some.items()), strict=False)
+    assert {name for name in tensors if "layers.1" in name} == {*result.missing}
+    module: Any = net.get_submodule("layers.1.up")
+    if isinstance(module, FP8Linear):
+        assert is_fp8(net, "layers.1.up", tensors["layers.1.up.weight"])
+    else:
+        assert same(module.weight.detach(), tensors["layers.1.up.weight"])
+    assert same(module.bias.detach(), tensors["layers.1.up.bias"])
+    assert is_fp8(net, "layers.0.up", some["layers.0.up.weight"])
+
+
 # Options
 
 
@@ -312,6 +377,116 @@ def test_other_weights_need_not_have_what_was_ignored() -> None:
     online.reload(net, some)
     assert is_fp8(net, "layers.1.up", some["layers.1.up.weight"])
     assert same(tensor_at(net, "layers.0.up.weight"), tensors["layers.0.up.weight"])
+
+
+def test_what_was_never_loaded_is_not_waited_for_until_it_comes() -> None:
+    net = on_meta()
+    tensors = weights_of(net)
+    lost = "layers.1.up.bias"
+    some = {name: tensor for name, tensor in tensors.items() if name != lost}
+    online.load_into(net, some, strict=False)
+    other = weights_of(on_meta(), seed=40)
+    for source in ({n: t for n, t in other.items() if n != lost}, some):
+        for given in (source, iter(source.items())):
+            assert online.reload(net, given).missing == ()
+            assert all_there(net, source, LINEARS)
+    online.reload(net, other)
+    with pytest.raises(CheckpointError, match=lost):
+        online.reload(net, some)
+    online.load_into(net, {"embed.weight": other["embed.weight"]}, strict=False)
+    with pytest.raises(CheckpointError, match=lost):
+        online.reload(net, some)
+    assert all_there(net, other, LINEARS)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "block", "tensor"])
+@pytest.mark.parametrize("given", ["dict", "iterator"])
+def test_a_second_load_of_half_a_weight_leaves_it(scheme: str, given: str) -> None:
+    net = on_meta()
+    tensors = weights_of(net)
+    rules: dict[str, Rule] = {
+        "layers.0.one.weight": Part("layers.0.up.weight", slice(0, 128)),
+        "layers.0.two.weight": Part("layers.0.up.weight", slice(128, 256)),
+    }
+    both = {
+        f"layers.0.{n}.weight": random(128, HIDDEN, seed=seed)
+        for seed, n in enumerate(("one", "two"))
+    }
+    rest = {name: t for name, t in tensors.items() if name != "layers.0.up.weight"}
+    online.load_into(net, {**rest, **both}, scheme=scheme, mapping=rules)
+    half: Any = {**rest, "layers.0.one.weight": 100 * both["layers.0.one.weight"]}
+    half = half if given == "dict" else iter(half.items())
+    result = online.load_into(net, half, scheme=scheme, mapping=rules, strict=False)
+    assert result.missing == ("layers.0.up.weight[128:256, 0:128]",)
+    assert is_fp8(net, "layers.0.up", torch.cat(list(both.values())), scheme)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tensor"])
+def test_modules_of_one_source_change_together(scheme: str) -> None:
+    """A NaN in the last of them leaves the first old, however the load's source was cut."""
+    net = on_meta()
+    tensors = weights_of(net)
+    online.load_into(net, tensors, scheme=scheme)
+    rules: dict[str, Rule] = {
+        "layers.0.ups.weight": parted(
+            ("layers.0.up.weight", slice(0, 256)), ("layers.1.up.weight", slice(0, 256))
+        )
+    }
+    fused = on_meta()
+    ups = torch.cat([tensors[f"layers.{n}.up.weight"] for n in (0, 1)])
+    rest = {name: t for name, t in tensors.items() if not name.endswith("up.weight")}
+    online.load_into(fused, {**rest, "layers.0.ups.weight": ups}, scheme=scheme, mapping=rules)
+    before = states(fused)
+    ups = random(512, HIDDEN, seed=70)
+    ups[511, 0] = torch.inf
+    with pytest.raises(ReloadError):
+        online.reload(fused, {**rest, "layers.0.ups.weight": ups})
+    for n in (0, 1):
+        name = f"layers.{n}.up.weight"
+        assert same(states(fused)[name], before[name])
+
+
+def test_what_lies_in_one_storage_changes_together() -> None:
+    class Seeing(nn.Module):
+        def __init__(self, table: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("table", table)
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            base = torch.empty(8)
+            return nn.ModuleDict({"a": Seeing(base), "b": Seeing(base[2:])})
+
+    model = make()
+    tensors = {"a.table": torch.arange(8.0), "b.table": torch.arange(2.0, 8.0)}
+    online.load_into(model, tensors)
+    with pytest.raises(CheckpointError, match=r"b\.table"):
+        online.reload(model, {"a.table": torch.zeros(8)})
+    assert same(model.state_dict()["b.table"], tensors["b.table"])
+
+
+def test_a_layer_that_is_in_two_places_is_one() -> None:
+    net = on_meta()
+    net.layers[1].up = net.layers[0].up
+    vars(net)["all_tied_weights_keys"] = {"layers.0.up.weight": "layers.1.up.weight"}
+    tensors = weights_of(net)
+    online.load_into(net, tensors)
+    assert is_fp8(net, "layers.0.up", tensors["layers.0.up.weight"])
+    new = {name: random(*tensor.shape, seed=80) for name, tensor in tensors.items()}
+    online.reload(net, new)
+    assert is_fp8(net, "layers.1.up", new["layers.0.up.weight"])
+
+
+def test_wrappers_have_no_memory_to_read() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    tensors = {
+        name: TwoTensor(t, t)  # type: ignore[no-untyped-call]
+        for name, t in weights_of(on_meta()).items()
+    }
+    for source in (tensors, iter(tensors.items())):
+        with pytest.raises(CheckpointError, match="expected a plain tensor, found TwoTensor"):
+            online.load_into(on_meta(), source)
 
 
 def test_what_torch_compile_made_is_the_model_itself() -> None:
