@@ -26,10 +26,12 @@ from fp8stream.errors import (
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, module_of
 from fp8stream.fp8 import is_finite
+from fp8stream.incoming import Course, Incoming, Progress, Request, Source
 from fp8stream.initialization import finish, uncomputable
 from fp8stream.live import Held, ModelSink, Share
 from fp8stream.mapping import Placement, Rule, checkpoint_names
 from fp8stream.memory import PeakMeter, size_of
+from fp8stream.one_by_one import unsaved
 from fp8stream.plan import Decisions, decide_tensors
 from fp8stream.policy import Patterns
 from fp8stream.ranks import Group
@@ -47,7 +49,7 @@ from fp8stream.skeleton import (
     sharing,
     stored_tensors,
 )
-from fp8stream.sources import Course, Incoming, Progress, Request, Source, open_source, unsaved
+from fp8stream.sources import open_source
 from fp8stream.spread import Spread, spread
 from fp8stream.stream import LayerDone
 from fp8stream.trimming import trimmed

@@ -18,8 +18,6 @@ from fp8stream.skeleton import find_weights
 from tests import oracle
 from tests.live import bits, compiled, granularities, on_gpu, random, relative
 
-pytestmark = pytest.mark.thorough
-
 HIDDEN, INNER, EXPERTS, TOKENS, K = 160, 144, 5, 11, 2
 CLASSES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3MoeExperts": ("qwen3_moe", "Qwen3MoeConfig", {"moe_intermediate_size": INNER}),

@@ -18,6 +18,8 @@ HOUSE = [
     "saving",
     "online",
     "sources",
+    "one_by_one",
+    "incoming",
     "carried",
     "spread",
     "ranks",

@@ -25,8 +25,6 @@ from tests.live import (
     relative,
 )
 
-pytestmark = pytest.mark.thorough
-
 
 def emulated(x: torch.Tensor, granularity: Granularity) -> torch.Tensor:
     """float64 numbers that the activations [tokens, in] stand for, by the oracle's arithmetic."""

@@ -31,7 +31,7 @@ from tests.oracle import same
 from tests.tiny import computing
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 TINY: Mapping[str, Any] = {
     "hidden_size": 32,

@@ -27,8 +27,6 @@ from tests.live import (
     relative,
 )
 
-pytestmark = pytest.mark.thorough
-
 
 @pytest.mark.parametrize("columns", [1, 100, 128, 129, 300, 384])
 @granularities

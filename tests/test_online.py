@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fp8stream
-from fp8stream import device, live, online, sources
+from fp8stream import device, live, one_by_one, online
 from fp8stream.errors import CheckpointError, ReloadError, SchemeError, WeightError
 from fp8stream.fused_experts import FP8Experts
 from fp8stream.linear import FP8Linear
@@ -34,7 +34,6 @@ from tests.tiny import CONFIGS, TINY, automatic
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [
-    pytest.mark.thorough,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("spoiled"),
 ]
@@ -491,7 +490,7 @@ def test_nothing_of_a_load_is_held(
         seen.append(weakref.ref(lane))
         return lane
 
-    monkeypatch.setattr(sources, "open_lane", open_lane)
+    monkeypatch.setattr(one_by_one, "open_lane", open_lane)
 
     def source(seed: int) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in saved.tensors(kind, seed).items():

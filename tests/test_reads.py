@@ -199,7 +199,7 @@ SLOW: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 }
 CASES = [
     *MODELS.items(),
-    *(pytest.param(*each, marks=pytest.mark.thorough) for each in SLOW.items()),
+    *SLOW.items(),
 ]
 
 

@@ -33,7 +33,7 @@ from tests.conftest import Run
 from tests.oracle import same
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.thorough, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 SCHEMES = ["channel", "block", "tensor"]
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
