@@ -17,6 +17,15 @@ A message is one line: what is wrong, where (file, tensor), what was expected an
 do next. `cli.main` is the one place that turns these into an exit code.
 """
 
+from collections.abc import Sequence
+
+
+def listed(names: Sequence[str], most: int, apart: str = ", ") -> str:
+    """The first names, at `most` so many, and how many more there are."""
+    last = " and " if apart == ", " else f"{apart}and "
+    more = f"{last}{len(names) - most} more" if len(names) > most else ""
+    return apart.join(names[:most]) + more
+
 
 class Fp8StreamError(Exception):
     """Base of every error that fp8stream raises on purpose.

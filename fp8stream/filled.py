@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from fp8stream.errors import CheckpointError
+from fp8stream.errors import CheckpointError, listed
 from fp8stream.places import Place, Region, Shape, meet, region_text, stepped, whole
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ class Findings:
     def check_shapes(self) -> None:
         """Raises CheckpointError where tensors do not have the shapes that the model expects."""
         if self.problems:
-            raise CheckpointError(f"shapes differ from the model's: {_listed(self.problems)}")
+            raise CheckpointError(
+                f"shapes differ from the model's: {listed(self.problems, _LISTED, '; ')}"
+            )
 
     def missing(self, places: Iterable[Place], ties: Mapping[str, str]) -> list[Missing]:
         """What `places` and `composed` leave of the model's tensors, where `ties` lead from names
@@ -171,8 +173,3 @@ def _cuts(size: int, filled: Sequence[_Filled], axis: int) -> Iterator[tuple[ran
                     active[part] = None
             inside = [item for part in active for item in over[part]]
             yield stepped(phase + low * step, step, high - low), inside
-
-
-def _listed(lines: Sequence[str]) -> str:
-    more = f"; and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-    return "; ".join(lines[:_LISTED]) + more

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from fp8stream.coded import Coded, CodedRows, can_be, common, scales_of
-from fp8stream.errors import CheckpointError, SchemeError
+from fp8stream.errors import CheckpointError, SchemeError, listed
 from fp8stream.filled import Composed
 from fp8stream.mapping import Placement
 from fp8stream.pieces import Piece, Weight, pieces_of, weight_plan
@@ -19,6 +19,8 @@ from fp8stream.plan import Decisions, LayerPlan, TensorPlan
 from fp8stream.roles import SOURCE_DTYPES, Role, fused_set
 from fp8stream.scheme import Granularity
 from fp8stream.weights import Kept, WeightPlan
+
+_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,9 @@ class Fitting:
             return list(ready)
         shared = {module: common(found) for module, found in kinds.items()}
         alike = [(one, shared[one.weight.module]) for one in ready]
+        for one, granularity in alike:
+            if granularity is None:
+                self._stays(one.weight, "not all weights of its module are quantized alike")
         return [one._replace(granularity=granularity) for one, granularity in alike if granularity]
 
     def _warn_of_others(self, copied: Mapping[str, Sequence[Place]]) -> None:
@@ -224,16 +229,11 @@ class Fitting:
         for name in sorted(targets & self.others.keys()):
             why[self.others[name]].append(name)
         for reason, names in why.items():
-            self._warnings.append(f"{_some(names)}: not quantized, {reason}")
+            self._warnings.append(f"{listed(names, _LISTED)}: not quantized, {reason}")
 
     def _warn_of_numbers(self, names: Sequence[str]) -> None:
         if names:
-            self._warnings.append(f"{_some(names)}: from FP8 codes back to numbers")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+            self._warnings.append(f"{listed(names, _LISTED)}: from FP8 codes back to numbers")
 
 
 def module_of(target: str) -> str:

@@ -22,6 +22,7 @@ from fp8stream.errors import (
     ReloadError,
     SchemeError,
     WeightError,
+    listed,
 )
 from fp8stream.experts import ExpertForm, ExpertOptions
 from fp8stream.fitting import Fit, module_of
@@ -105,6 +106,7 @@ class _Recipe:
 
 _RECIPE = "_fp8stream_recipe"
 _BUDGET = "1GiB"
+_LISTED = 10
 
 
 def load_into(
@@ -216,7 +218,7 @@ def _load(
     if how.strict:
         _require(missing)
     loaded = before.loaded | (coming.placement.filled - {gap.partition("[")[0] for gap in missing})
-    units += before.units
+    units = tuple(dict.fromkeys((*units, *before.units)))
     object.__setattr__(model, _RECIPE, replace(recipe, whole=True, loaded=loaded, units=units))
     if lost := {name: own[name] for name in own.keys() - coming.came()}:
         reload(model, lost, strict=False)
@@ -302,7 +304,7 @@ def reload(
     new = _modules(fitted, sink.changed)
     missing = sorted(name for name in recipe.loaded if module_of(name) not in new)
     old = list(dict.fromkeys(map(module_of, missing)))
-    told = f"{_some(old)} did not come, or not whole: they keep their weights"
+    told = f"{listed(old, _LISTED)} did not come, or not whole: they keep their weights"
     return _result(model, coming, fitted, missing, read, meter, [told] if old else [])
 
 
@@ -419,12 +421,8 @@ def _require(missing: Sequence[str]) -> None:
 
 
 def _not_all(missing: Sequence[str]) -> str:
-    return f"not all of the model comes: missing {_some(missing)}; give the rest, or strict=False"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
+    names = listed(missing, _LISTED)
+    return f"not all of the model comes: missing {names}; give the rest, or strict=False"
 
 
 def _check_recipe(model: nn.Module, recipe: _Recipe) -> None:
@@ -502,11 +500,11 @@ def _useless(coming: Incoming) -> Iterator[str]:
     """What was given and is of no use."""
     placement = coming.placement
     if placement.unused:
-        yield f"mapping: {_some(placement.unused)} matches no name of the source"
+        yield f"mapping: {listed(placement.unused, _LISTED)} matches no name of the source"
     if placement.leftover:
-        yield f"mapping: {_some([str(gap) for gap in placement.leftover])} goes nowhere"
+        yield f"mapping: {listed([str(gap) for gap in placement.leftover], _LISTED)} goes nowhere"
     if placement.stranded:
-        yield f"{_some(placement.stranded)}: of no use without others that did not come"
+        yield f"{listed(placement.stranded, _LISTED)}: of no use without others that did not come"
 
 
 def _nothing(done: LayerDone) -> None:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 
 from fp8stream.checkpoint import INDEX_SUFFIX, WORK_SUFFIX, Checkpoint
-from fp8stream.errors import CheckpointError, OutputError
+from fp8stream.errors import CheckpointError, OutputError, listed
 from fp8stream.header import open_regular, shorten
 from fp8stream.journal import (
     Fingerprint,
@@ -230,9 +230,8 @@ def _check_same(work: Path, before: Journal, now: Fingerprint) -> None:
     """Raises OutputError if the bytes of this run would not be those of the one before."""
     found = differences(before.fingerprint, now)
     if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
         raise OutputError(
-            f"{work}: an unfinished run of another conversion: {'; '.join(found[:3])}{more}; give "
+            f"{work}: an unfinished run of another conversion: {listed(found, 3, '; ')}; give "
             "its command and source to go on, or --restart to discard what it did"
         )
 
