@@ -121,6 +121,11 @@ class Fitting:
             if rest := [place for place in goes if place.target not in narrow]:
                 layers.keep(tensor, rest)
                 copied[tensor.spec.name] = rest
+        for name in {name for _, names in self._composed() for name in names} & narrow:
+            raise CheckpointError(
+                f"{name}: is FP8, and the model computes it from what comes; begin with a new "
+                "skeleton"
+            )
         self._warn_of_others(copied)
         self._warn_of_numbers([name for name in copied if name in self.coded])
         units = _Joined(self.together)
@@ -268,7 +273,8 @@ class _Joined:
 def _unfit(placement: Placement, weights: Sequence[Weight]) -> dict[str, str]:
     """The weights that cannot be FP8, whatever comes for them, and why."""
     linear = {weight.target for weight in weights if not weight.experts}
-    why = {gap.target: "not all of it comes" for gap in placement.missing}
+    partial = (*(gap.target for gap in placement.missing), *placement.optional)
+    why = dict.fromkeys(partial, "not all of it comes")
     for name, filled in placement.ties.items():
         if not {name, filled} <= linear:
             why[filled] = f"it is tied to {name}"

@@ -80,7 +80,8 @@ class Placement:
     def filled(self) -> frozenset[str]:
         """The tensors of the model that all comes for."""
         composed = (self.ties.get(n, n) for one in self.composed for n in one.targets)
-        return frozenset({*self.by_target, *composed} - {gap.target for gap in self.missing})
+        partly = {*self.optional, *(gap.target for gap in self.missing)}
+        return frozenset({*self.by_target, *composed} - partly)
 
     @cached_property
     def by_target(self) -> Mapping[str, Sequence[Place]]:

@@ -26,11 +26,11 @@ from fp8stream.stream import Worker
 from fp8stream.waiting import Waiting, with_specs
 
 
-def unsaved(tensors: Mapping[str, Tensor], saved: Sequence[Saved]) -> list[str]:
-    """The names of a model's tensors that saving leaves out, but for those of tied ones."""
+def unsaved(model: nn.Module, tensors: Mapping[str, Tensor], saved: Sequence[Saved]) -> list[str]:
+    """The names of a model's `tensors` that saving leaves out, but for those of tied ones."""
     seen = {id(tensors[name]) for each in saved for name in each.sources}
     left: dict[int, str] = {}
-    names = {each.name for each in saved}
+    names = {each.name for each in saved} | {*(getattr(model, "all_tied_weights_keys", None) or ())}
     for name, tensor in tensors.items():
         if id(tensor) not in seen and name not in names:
             left.setdefault(id(tensor), name)
@@ -50,7 +50,9 @@ class OneByOne(Incoming):
         self._targets = _without_storage(original_tensors(model))
         saved = checkpoint_names(model, self._targets)
         specs = [spec_like(each.name, each.dtype, each.shape) for each in saved]
-        specs += [spec_of(name, self._targets[name]) for name in unsaved(self._targets, saved)]
+        specs += [
+            spec_of(name, self._targets[name]) for name in unsaved(model, self._targets, saved)
+        ]
         super().__init__(model, as_checkpoint(model, specs), request, HeldTensors())
         self._source = source
         self._model = model

@@ -208,7 +208,8 @@ def _load(
     with PeakMeter() as meter, torch.no_grad(), torch.device("cpu"):
         become_fp8(model, fitted.quantized, coming.placement.ties)
         ours.apply(model)
-        object.__setattr__(model, _RECIPE, recipe)
+        begun = replace(recipe, loaded=before.loaded, units=before.units)
+        object.__setattr__(model, _RECIPE, begun)
         give_storage(model, how.device, spoiled=not how.strict)
         sink = ModelSink(_held(model), fitted.copied, coming.specs)
         read = coming.stream(Course(fitted, sink, how.device, how.budget, how.progress))
@@ -220,8 +221,7 @@ def _load(
     loaded = before.loaded | (coming.placement.filled - {gap.partition("[")[0] for gap in missing})
     units = tuple(dict.fromkeys((*units, *before.units)))
     object.__setattr__(model, _RECIPE, replace(recipe, whole=True, loaded=loaded, units=units))
-    if lost := {name: own[name] for name in own.keys() - coming.came()}:
-        reload(model, lost, strict=False)
+    _put_back(model, {name: own[name] for name in own.keys() - coming.came()})
     if coming.placement.conversions:
         # What transformers keeps there itself, to save under the names that were loaded.
         object.__setattr__(model, "_weight_conversions", list(coming.placement.conversions))
@@ -234,6 +234,18 @@ def _own_weights(model: nn.Module, fitted: Fit) -> dict[str, Tensor]:
     targets = (w.target for w in find_weights(model) if w.module in fitted.quantized)
     found = {name: tensors[name] for name in targets}
     return {name: t.detach() for name, t in found.items() if not t.is_meta and t.itemsize > 1}
+
+
+def _put_back(model: nn.Module, own: Mapping[str, Tensor]) -> None:
+    """Gives FP8 weights that nothing came for what they had for values, if those are numbers."""
+    finite = {n: t for n, t in own.items() if is_finite(torch.stack(torch.aminmax(t)))}
+    if not finite:
+        return
+    recipe = getattr(model, _RECIPE)
+    # They come alone, whatever else their modules have.
+    object.__setattr__(model, _RECIPE, replace(recipe, loaded=frozenset(), units=()))
+    reload(model, finite, strict=False)
+    object.__setattr__(model, _RECIPE, recipe)
 
 
 def _share(
@@ -295,12 +307,13 @@ def reload(
                 _require(_gaps(torn - coming.placement.filled, coming.placement))
         except Exception as error:
             raise _stopped(error, fitted, sink.changed) from error
+        finally:
+            fresh = {n for n in coming.placement.filled if fitted.unit(n) in sink.changed}
+            object.__setattr__(model, _RECIPE, replace(recipe, loaded=recipe.loaded | fresh))
         if where.type == "cuda":
             # A graph may be replayed next, on a stream that waits for nothing.
             torch.cuda.synchronize(where)
         meter.sample()
-    fresh = {name for name in coming.placement.filled if fitted.unit(name) in sink.changed}
-    object.__setattr__(model, _RECIPE, replace(recipe, loaded=recipe.loaded | fresh))
     new = _modules(fitted, sink.changed)
     missing = sorted(name for name in recipe.loaded if module_of(name) not in new)
     old = list(dict.fromkeys(map(module_of, missing)))
@@ -383,7 +396,7 @@ class _Taken:
     def __init__(self, model: nn.Module) -> None:
         self._tensors = dict(stored_tensors(model))
         self._saved = checkpoint_names(model)
-        self._unsaved = unsaved(self._tensors, self._saved)
+        self._unsaved = unsaved(model, self._tensors, self._saved)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         left: dict[str, int] = {}

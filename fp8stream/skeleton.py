@@ -39,6 +39,10 @@ def check_model(model: nn.Module) -> None:
                 raise CheckpointError(
                     f"{name}.{leaf}: has no shape yet; run the lazy module once, then load"
                 )
+            if tensor.layout != torch.strided:
+                raise CheckpointError(
+                    f"{name}.{leaf}: expected a dense tensor, found {tensor.layout}; make it dense"
+                )
             if (
                 _overlaps(tensor)
                 and not is_unsaved(module, leaf)
@@ -55,7 +59,7 @@ def find_weights(model: nn.Module) -> list[Weight]:
     itself, in whose place no other can be put, none."""
     found: list[Weight] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if module is model:
+        if module is model and not isinstance(module, FP8Linear | FP8Experts):
             continue
         if is_linear(module) or isinstance(module, FP8Linear):
             shape = module.out_features, module.in_features
@@ -191,12 +195,24 @@ def hold_parts(model: nn.Module, parts: Mapping[str, Share]) -> None:
 
 
 def sharing(model: nn.Module) -> list[frozenset[str]]:
-    """The modules, or tensors of the model's own, whose tensors lie in one storage."""
-    owners: dict[int, set[str]] = {}
+    """The modules, or tensors of the model's own, whose tensors lie over each other in memory."""
+    groups: list[set[str]] = []
+    end = 0
+    for first, last, name in sorted(_memory(model)):
+        if not groups or first >= end:
+            groups.append(set())
+        groups[-1].add(name.rpartition(".")[0] or name)
+        end = max(end, last)
+    return [frozenset(names) for names in groups if len(names) > 1]
+
+
+def _memory(model: nn.Module) -> Iterator[tuple[int, int, str]]:
+    """Where each tensor begins and ends, and its name."""
     for name, tensor in model_tensors(model).items():
-        owner = name.rpartition(".")[0] or name
-        owners.setdefault(tensor.untyped_storage()._cdata, set()).add(owner)
-    return [frozenset(names) for names in owners.values() if len(names) > 1]
+        if tensor.layout == torch.strided and tensor.numel():
+            sides = zip(tensor.shape, tensor.stride(), strict=True)
+            span = 1 + sum((side - 1) * step for side, step in sides)
+            yield tensor.data_ptr(), tensor.data_ptr() + span * tensor.itemsize, name
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

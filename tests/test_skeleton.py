@@ -426,3 +426,12 @@ def test_a_script_beside_the_layers_stays_what_it_is() -> None:
     assert online.load_into(model, weights, device="cpu").quantized == ("layers.0",)
     assert same(model.get_parameter("gate.weight"), weights["gate.weight"])
     assert isinstance(model["gate"], torch.jit.ScriptModule)
+
+
+def test_a_model_with_a_sparse_tensor_is_refused() -> None:
+    net = nn.Module()
+    net.register_buffer("graph", torch.eye(4).to_sparse())
+    with pytest.raises(
+        CheckpointError, match=r"graph: expected a dense tensor, found torch.sparse"
+    ):
+        online.load_into(net, {}, strict=False)

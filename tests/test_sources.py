@@ -477,6 +477,54 @@ def test_a_layer_that_is_in_two_places_is_one() -> None:
     assert is_fp8(net, "layers.1.up", new["layers.0.up.weight"])
 
 
+def test_what_a_failed_load_or_reload_brought_is_remembered() -> None:
+    """Weights of a module without its bias are refused, whatever failed before."""
+    tensors, other = weights_of(on_meta()), weights_of(on_meta(), seed=40)
+    lost = "layers.0.up.bias"
+    some = {name: tensor for name, tensor in tensors.items() if name != lost}
+    bad = {**other, "layers.1.up.weight": torch.full((256, HIDDEN), torch.nan).bfloat16()}
+    net = on_meta()
+    online.load_into(net, some, strict=False)
+    with pytest.raises(ReloadError) as caught:
+        online.reload(net, iter(bad.items()))
+    assert "layers.0.up" in caught.value.new
+    with pytest.raises(CheckpointError, match=lost):
+        online.reload(net, some)
+    with pytest.raises(WeightError):
+        online.load_into(net, bad)
+    online.load_into(net, {"embed.weight": tensors["embed.weight"]}, strict=False)
+    with pytest.raises(CheckpointError, match=lost):
+        online.reload(net, some)
+
+
+def test_a_weight_keeps_its_values_where_its_bias_alone_comes() -> None:
+    net = on_meta()
+    tensors = weights_of(net)
+    net.load_state_dict(tensors, assign=True)
+    bias = {"layers.0.up.bias": random(256, seed=5)}
+    online.load_into(net, iter(bias.items()), strict=False)
+    assert is_fp8(net, "layers.0.up", tensors["layers.0.up.weight"])
+    assert same(tensor_at(net, "layers.0.up.bias"), bias["layers.0.up.bias"])
+
+
+def test_what_lies_side_by_side_in_one_storage_is_apart() -> None:
+    flat = torch.zeros(2 * HIDDEN)
+    model = nn.ModuleDict({name: nn.Module() for name in "ab"})
+    for number, part in enumerate(flat.chunk(2)):
+        model["ab"[number]].register_buffer("table", part)
+    online.load_into(model, {"a.table": torch.ones(HIDDEN), "b.table": torch.ones(HIDDEN)})
+    result = online.reload(model, {"a.table": torch.zeros(HIDDEN)})
+    assert result.missing == ("b.table",)
+    assert flat.sum() == HIDDEN
+
+
+def test_an_fp8_layer_by_itself_is_reloaded() -> None:
+    layer = FP8Linear(HIDDEN, 256, dtype=torch.bfloat16)
+    weight = random(256, HIDDEN)
+    online.load_into(layer, {"weight": weight, "bias": random(256)}, include=["weight"])
+    assert (layer.dequantize() - weight.float()).norm() < 0.05 * weight.float().norm()
+
+
 def test_wrappers_have_no_memory_to_read() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
