@@ -44,10 +44,14 @@ class Saved:
         return tuple(dict.fromkeys(place.source for place in self.places))
 
     def values(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """It, on the host and contiguous, made of the model's `tensors`."""
+        """It, on the host and contiguous, made of the model's `tensors`; nothing else is moved
+        there. It may lie in their memory."""
         if self.composed:
             sources = {name: tensors[name].detach() for name in self.sources}
             return self.composed.convert(sources)[self.name].cpu().contiguous()
+        if len(self.places) == 1 and self.places[0].whole:
+            only = self.places[0].read(tensors[self.places[0].source].detach())
+            return only.to(self.dtype).contiguous().cpu()
         made = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         for place in self.places:
             place.apply(made, tensors[place.source])

@@ -30,7 +30,7 @@ from fp8stream.fp8 import is_finite
 from fp8stream.incoming import Course, Incoming, Progress, Request, Source
 from fp8stream.initialization import finish, uncomputable
 from fp8stream.live import Held, ModelSink, Share
-from fp8stream.mapping import Placement, Rule, checkpoint_names
+from fp8stream.mapping import Placement, Rule, checkpoint_names, model_tensors
 from fp8stream.memory import PeakMeter, size_of
 from fp8stream.one_by_one import unsaved
 from fp8stream.plan import Decisions, decide_tensors
@@ -48,7 +48,6 @@ from fp8stream.skeleton import (
     original_tensors,
     parts_of,
     sharing,
-    stored_tensors,
 )
 from fp8stream.sources import open_source
 from fp8stream.spread import Spread, spread
@@ -230,7 +229,7 @@ def _load(
 
 def _own_weights(model: nn.Module, fitted: Fit) -> dict[str, Tensor]:
     """What weights that will be FP8 have for values."""
-    tensors = stored_tensors(model)
+    tensors = model_tensors(model)
     targets = (w.target for w in find_weights(model) if w.module in fitted.quantized)
     found = {name: tensors[name] for name in targets}
     return {name: t.detach() for name, t in found.items() if not t.is_meta and t.itemsize > 1}
@@ -363,7 +362,7 @@ def quantize_model(
     model = _bare(model)
     if granularities_of(model):
         raise CheckpointError("quantize_model: the model is FP8 already; fp8stream.reload loads it")
-    tensors = stored_tensors(model)
+    tensors = model_tensors(model)
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     recipe = _recipe(scheme, ignore, include, experts)
     how = _How(device, size_of("memory_budget", _BUDGET), True, _nothing)
@@ -373,7 +372,7 @@ def quantize_model(
 def _check_finite(model: nn.Module, fitted: Fit) -> None:
     """Raises WeightError for NaN and infinity in what will be quantized, and CheckpointError for a
     weight without values: what is lost then has no other copy."""
-    tensors = stored_tensors(model)
+    tensors = model_tensors(model)
     for weight in find_weights(model):
         tensor = tensors[weight.target].detach()
         if weight.module not in fitted.quantized or not tensor.numel():
@@ -394,7 +393,7 @@ class _Taken:
     """A model's tensors under the names that it is saved under, each let go once it is given."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._tensors = dict(stored_tensors(model))
+        self._tensors = dict(model_tensors(model))
         self._saved = checkpoint_names(model)
         self._unsaved = unsaved(model, self._tensors, self._saved)
 
@@ -417,7 +416,7 @@ class _Taken:
 def _held(model: nn.Module) -> dict[str, Held]:
     """The model's tensors as targets, under each of their names."""
     parts = parts_of(model)
-    tensors = stored_tensors(model).items()
+    tensors = model_tensors(model).items()
     return {name: Held(t, parts.get(name) or Share.whole(t.shape)) for name, t in tensors}
 
 

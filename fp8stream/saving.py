@@ -19,7 +19,7 @@ from fp8stream.device import bytes_of
 from fp8stream.errors import SchemeError
 from fp8stream.header import Shard
 from fp8stream.held import spec_like
-from fp8stream.mapping import checkpoint_names
+from fp8stream.mapping import checkpoint_names, model_tensors
 from fp8stream.memory import size_of
 from fp8stream.output import OutputDirectory
 from fp8stream.pieces import Weight
@@ -33,7 +33,6 @@ from fp8stream.skeleton import (
     granularities_of,
     original_tensors,
     parts_of,
-    stored_tensors,
 )
 from fp8stream.weights import WeightPlan
 from fp8stream.writer import CheckpointWriter
@@ -65,7 +64,7 @@ def save(model: nn.Module, directory: str | Path, *, max_shard_size: str | int =
             for weight in layer.weights:
                 _write_weight(writer, weight, stored)
             for tensor in layer.kept:
-                kept = stored.kept(stored.saved[tensor.spec.name])
+                kept = stored.saved[tensor.spec.name].values(stored.tensors)
                 writer.write(tensor.spec.name, 0, bytes_of(kept))
         writer.commit(plan.config)
 
@@ -106,7 +105,7 @@ class _Stored:
         granularities = granularities_of(model)
         weights = {w.target: w for w in find_weights(model) if w.module in granularities}
         saved = checkpoint_names(model, original_tensors(model))
-        tensors = stored_tensors(model)
+        tensors = model_tensors(model)
         return _Stored(tensors, {each.name: each for each in saved}, weights, granularities)
 
     def is_fp8(self, name: str) -> bool:
@@ -117,19 +116,6 @@ class _Stored:
         """How a tensor of the checkpoint is quantized in the model."""
         weights = (self.weights.get(place.source) for place in self.saved[name].places)
         return next((self.granularities[w.module] for w in weights if w), None)
-
-    def kept(self, saved: Saved) -> Tensor:
-        """The values of a tensor that is not FP8, on the host; nothing else is moved there."""
-        if saved.composed:
-            sources = {name: self.tensors[name] for name in saved.composed.sources}
-            return saved.composed.convert(sources)[saved.name].cpu().contiguous()
-        if len(saved.places) == 1 and saved.places[0].whole:
-            only = saved.places[0].read(self.tensors[saved.places[0].source])
-            return only.to(saved.dtype).contiguous().cpu()
-        values = torch.empty(saved.shape, dtype=saved.dtype, device="cpu")
-        for place in saved.places:
-            place.apply(values, self.tensors[place.source])
-        return values
 
 
 def _plan(model: nn.Module, stored: _Stored, max_shard_size: int) -> Plan:

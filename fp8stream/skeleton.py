@@ -215,11 +215,6 @@ def _memory(model: nn.Module) -> Iterator[tuple[int, int, str]]:
             yield tensor.data_ptr(), tensor.data_ptr() + span * tensor.itemsize, name
 
 
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent tensors that the model has: codes and scales too."""
-    return model_tensors(model)
-
-
 def become_fp8(
     model: nn.Module, quantized: Mapping[str, Granularity], ties: Mapping[str, str]
 ) -> None:

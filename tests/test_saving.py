@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from fp8stream import cli
 from fp8stream.errors import BudgetError, SchemeError
+from fp8stream.mapping import model_tensors
 from fp8stream.online import load_into
 from fp8stream.saving import save
-from fp8stream.skeleton import stored_tensors
 from tests.oracle import same
 from tests.tiny import CONFIGS, automatic
 
@@ -86,7 +86,7 @@ def test_what_is_saved_is_what_the_converter_writes_and_loads_as_it_was(
     assert cli.main(arguments) == 0
     assert_same(contents(tmp_path / "saved"), contents(tmp_path / "converted"))
     again = live(kind, tmp_path / "converted")
-    assert_same(stored_tensors(again), stored_tensors(model))
+    assert_same(model_tensors(again), model_tensors(model))
 
 
 @schemes
@@ -105,8 +105,8 @@ def test_experts_one_by_one_are_loaded_as_fused_ones(
         if not cut:
             apart[name] = tensor
     assert len(apart) == len(fused) - 2 * 2 + 2 * 4 * 3
-    wanted = stored_tensors(live("llama4", source_of("llama4"), scheme=scheme))
-    assert_same(stored_tensors(live("llama4", apart, scheme=scheme)), wanted)
+    wanted = model_tensors(live("llama4", source_of("llama4"), scheme=scheme))
+    assert_same(model_tensors(live("llama4", apart, scheme=scheme)), wanted)
 
 
 def test_what_is_not_fp8_is_not_saved_as_such(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_experts_that_no_engine_loads_are_refused_and_saved_if_they_were_kept(
     save(model, tmp_path / "saved")
     assert cli.main(["quantize", str(source), str(tmp_path / "converted"), "-q"]) == 0
     assert_same(contents(tmp_path / "saved"), contents(tmp_path / "converted"))
-    assert_same(stored_tensors(live("gpt_oss", tmp_path / "saved")), stored_tensors(model))
+    assert_same(model_tensors(live("gpt_oss", tmp_path / "saved")), model_tensors(model))
 
 
 # In a checkpoint q, k and v are one weight, and up and gate, of 192 rows each, are another.
@@ -150,7 +150,7 @@ def test_scales_that_a_checkpoint_cannot_hold_are_refused(tmp_path: Path, scheme
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16)
     load_into(model, tmp_path / "source", scheme=scheme)
-    scales = [t for n, t in stored_tensors(model).items() if n.endswith("weight_scale")]
+    scales = [t for n, t in model_tensors(model).items() if n.endswith("weight_scale")]
     assert len(scales) == 7
     for number, scale in enumerate(scales):
         scale.data.fill_(number + 1)
@@ -193,7 +193,7 @@ def test_experts_are_moved_once_not_once_for_each_of_their_matrices(
     """On a CPU that copies what is moved to it, as a GPU would."""
     model = live("mixtral", source_of("mixtral"), scheme=scheme, experts=experts)
     stacked = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").nbytes
-    held = sum(tensor.nbytes for tensor in stored_tensors(model).values())
+    held = sum(tensor.nbytes for tensor in model_tensors(model).values())
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: tensor.clone())
     with Fresh() as fresh:
         save(model, tmp_path / "saved")

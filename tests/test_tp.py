@@ -24,11 +24,11 @@ from fp8stream.errors import CheckpointError, SchemeError
 from fp8stream.fused_experts import FP8Experts
 from fp8stream.linear import FP8Linear
 from fp8stream.live import Share
+from fp8stream.mapping import model_tensors
 from fp8stream.online import load_into, reload
 from fp8stream.places import Place, strides
 from fp8stream.saving import save
-from fp8stream.skeleton import stored_tensors
-from tests import tp_rank
+from tests import tiny, tp_rank
 from tests.conftest import Run
 from tests.oracle import same
 
@@ -39,18 +39,12 @@ SCHEMES = ["channel", "block", "tensor"]
 schemes = pytest.mark.parametrize("scheme", SCHEMES)
 sizes = pytest.mark.parametrize("size", [2, 4])
 TINY: Mapping[str, Any] = {
+    **tiny.TINY,
     "hidden_size": 512,
     "intermediate_size": 512,
     "num_hidden_layers": 1,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 320,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "max_position_embeddings": 64,
 }
 EXPERTS: Mapping[str, Any] = {**TINY, "num_experts_per_tok": 2}
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -150,10 +144,10 @@ def together(name: str, parts: Sequence[Tensor], shape: Sequence[int], halves: b
 def put_together(ranks: Sequence[Any], whole: Any) -> set[str]:
     """The tensors that ranks have parts of, which are the whole model's to the bit."""
     cut = set()
-    held = [stored_tensors(model) for model in ranks]
+    held = [model_tensors(model) for model in ranks]
     # Their rows alternate there.
     halves = type(whole).__name__ != "GptOssForCausalLM"
-    for name, tensor in stored_tensors(whole).items():
+    for name, tensor in model_tensors(whole).items():
         parts = [one[name] for one in held]
         packed = halves and "experts.gate_up_proj" in name and len(parts[0]) == len(tensor)
         whole_again = together(name, [*map(bits, parts)], tensor.shape, packed)
@@ -255,8 +249,8 @@ def test_tensors_in_any_order(source: Sources, plan: Plan, scheme: str) -> None:
     at: dict[str, Any] = {"tp_rank": 1, "tp_size": 2, "tp_plan": plan}
     result = load_into(model, iter(items), scheme=scheme, device="cpu", **at)
     assert not result.missing
-    wanted = stored_tensors(loaded(directory, 1, 2, plan, scheme=scheme))
-    for name, tensor in stored_tensors(model).items():
+    wanted = model_tensors(loaded(directory, 1, 2, plan, scheme=scheme))
+    for name, tensor in model_tensors(model).items():
         assert same(tensor, wanted[name]), name
 
 
@@ -291,12 +285,12 @@ def test_reload_keeps_the_storage_of_a_rank(
     source: Sources, name: str, plan: Plan, scheme: str
 ) -> None:
     model = loaded(source(name), 1, 2, plan, scheme=scheme)
-    pointers = {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    pointers = {n: t.data_ptr() for n, t in model_tensors(model).items()}
     result = reload(model, source(name, 1))
     assert not result.missing
-    assert pointers == {n: t.data_ptr() for n, t in stored_tensors(model).items()}
-    wanted = stored_tensors(loaded(source(name, 1), 1, 2, plan, scheme=scheme))
-    for key, tensor in stored_tensors(model).items():
+    assert pointers == {n: t.data_ptr() for n, t in model_tensors(model).items()}
+    wanted = model_tensors(loaded(source(name, 1), 1, 2, plan, scheme=scheme))
+    for key, tensor in model_tensors(model).items():
         assert same(tensor, wanted[key]), key
 
 
@@ -314,8 +308,8 @@ def test_experts_with_tensor_scales_are_reloaded_together(
     load_into(model, tmp_path / "0", **at)
     reload(model, tmp_path / "1")
     load_into(fresh, tmp_path / "1", **at)
-    wanted = stored_tensors(fresh)
-    assert [n for n, t in stored_tensors(model).items() if not same(t, wanted[n])] == []
+    wanted = model_tensors(fresh)
+    assert [n for n, t in model_tensors(model).items() if not same(t, wanted[n])] == []
 
 
 # Refusals
@@ -500,17 +494,17 @@ def test_a_part_takes_what_is_its_own(data: st.DataObject) -> None:
 
 def test_a_second_load_is_of_the_same_rank(source: Sources) -> None:
     model = loaded(source("qwen3_moe"), 1, 2)
-    pointers = {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    pointers = {n: t.data_ptr() for n, t in model_tensors(model).items()}
     with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 2; begin with a new"):
         load_into(model, source("qwen3_moe"), device="cpu", tp_rank=0, tp_size=2)
     with pytest.raises(SchemeError, match="rank 1 of 2 already, not 0 of 1"):
         load_into(model, source("qwen3_moe"), device="cpu")
     forwards = [vars(module).get("forward") for module in model.modules()]
     load_into(model, source("qwen3_moe", 1), device="cpu", tp_rank=1, tp_size=2)
-    assert pointers == {n: t.data_ptr() for n, t in stored_tensors(model).items()}
+    assert pointers == {n: t.data_ptr() for n, t in model_tensors(model).items()}
     assert forwards == [vars(module).get("forward") for module in model.modules()]
-    wanted = stored_tensors(loaded(source("qwen3_moe", 1), 1, 2))
-    assert all(same(t, wanted[n]) for n, t in stored_tensors(model).items())
+    wanted = model_tensors(loaded(source("qwen3_moe", 1), 1, 2))
+    assert all(same(t, wanted[n]) for n, t in model_tensors(model).items())
 
 
 # A real run
